@@ -1,0 +1,1 @@
+"""Folders on disk become samples: layouts, readers, packs, fingerprints, resampling."""

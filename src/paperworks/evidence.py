@@ -1,0 +1,101 @@
+"""Where evidence is kept, and the hash that ties it to the code it was measured on."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import os
+import tokenize
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+
+
+def results_root() -> Path:
+    """Folder of recorded evidence: ``PAPERWORKS_RESULTS``, else ``results/`` of the checkout, else ``./results``."""
+    if "PAPERWORKS_RESULTS" in os.environ:
+        return Path(os.environ["PAPERWORKS_RESULTS"])
+    checkout = PACKAGE.parent.parent
+    return checkout / "results" if (checkout / "pyproject.toml").exists() else Path("results")
+
+
+def read(paper: str, level: str) -> dict[str, Any] | None:
+    """``results/<paper>/<level>.json``, or None when it was never recorded."""
+    path = results_root() / paper / f"{level}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def record(paper: str, level: str, code: str, content: dict[str, Any]) -> Path:
+    """Write ``results/<paper>/<level>.json`` with the hash of the code and today's date."""
+    path = results_root() / paper / f"{level}.json"
+    write_json(path, {"paper": paper, "code": code, "date": date.today().isoformat(), **content})
+    return path
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON written to a temporary name, synced and renamed: the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as f:
+            json.dump(content, f, ensure_ascii=False, indent=1, default=_plain)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def code_hash(*files: Path) -> str:
+    """Hash of what the files, and the parts of ``paperworks.nn`` and the papers that they import, do.
+
+    Comments, docstrings and layout do not count, so that a better sentence does not make evidence stale.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_with_imports(set(files))):
+        digest.update(path.name.encode())
+        digest.update(_tokens(path.read_text(encoding="utf-8")).encode())
+    return digest.hexdigest()[:16]
+
+
+def _with_imports(files: set[Path]) -> set[Path]:
+    todo, seen = set(files), set()
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("paperworks.nn", "paperworks.papers.")):
+                base = PACKAGE.joinpath(*node.module.split(".")[1:])
+                found = {base.with_suffix(".py"), *(base / f"{a.name}.py" for a in node.names)}
+                todo |= {p for p in found if p.exists()} - seen
+    return seen
+
+
+def _tokens(source: str) -> str:
+    tree = ast.parse(source)
+    docstrings = set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        for child in body if isinstance(body, list) else []:
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant) and isinstance(child.value.value, str):
+                docstrings.add(child.lineno)
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENCODING, tokenize.ENDMARKER}
+    out = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in skip or (token.type == tokenize.STRING and token.start[0] in docstrings):
+            continue
+        out.append({tokenize.INDENT: ">", tokenize.DEDENT: "<"}.get(token.type, token.string))
+    return " ".join(out)

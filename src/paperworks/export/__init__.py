@@ -1,0 +1,1 @@
+"""Trained runs become files that run elsewhere, each with a parity check."""

@@ -1,0 +1,1 @@
+"""compare, claim, measure, audit."""

@@ -1,0 +1,1 @@
+"""One contract per task: what a sample is, what a network returns, default loss, metrics, picture, writer."""

@@ -1,0 +1,179 @@
+"""What a task, a paper and the engine agree on.
+
+Shape legend, used all over the archive: B batch, C image channels, K classes, D H W depth, height, width (pixels or voxels).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from paperworks.data.augment import Augment
+
+Sample = dict[str, Any]
+"""One example: ``image`` (tv_tensors.Image, C H W, float32 in [0, 1]), ``name`` (str) and what the task adds."""
+Batch = dict[str, Any]
+"""Collated samples: ``image`` B C H W (normalised by the data set's mean and std when a network sees it), ``name`` a list."""
+Output = dict[str, Tensor]
+"""What a network returns: the task's required key (``logits`` for segmentation) and whatever else the paper's loss needs."""
+Loss = Callable[[Output, Batch], dict[str, Tensor]]
+"""Named terms of a loss, each a scalar; ``loss`` is the one that is minimised."""
+Refiner = Callable[[Tensor, Tensor], Tensor]
+"""An inference method on dense predictions: (image C H W in [0, 1], probabilities K H W) -> probabilities K H W."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a network must know of a data set to be built for it. Plain numbers, so that it travels in ``run.json``.
+
+    ``mean`` and ``std`` are per channel, of images in [0, 1]. ``size`` is the median height and width (depth first for volumes).
+    """
+
+    task: str
+    channels: int
+    classes: tuple[str, ...]
+    size: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    range: tuple[float, float] = (0.0, 255.0)
+    """Raw values that become 0 and 1: the bit depth's for integer images, the data set's robust extremes for float ones."""
+    spacing: tuple[float, ...] | None = None
+    """Millimetres (or whatever unit the files state) from pixel to pixel, in the order of ``size``."""
+    instances: bool = False
+    """The labels tell objects of one class apart."""
+
+    @property
+    def ndim(self) -> int:
+        """2 for images, 3 for volumes."""
+        return len(self.size)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which input sizes a dense network takes and where its output lies.
+
+    A side of length n is valid when n = multiple * k + offset (k >= 1). The output covers the input less ``margin`` pixels
+    on each side. A U-Net of four poolings with padded convolutions has ``Grid(16)``; the valid one of 2015 has
+    ``Grid(16, offset=12, margin=92)``.
+    """
+
+    multiple: int = 1
+    offset: int = 0
+    margin: int = 0
+
+    def fit(self, length: int) -> int:
+        """Smallest valid input length whose output covers ``length`` pixels."""
+        need = max(length + 2 * self.margin - self.offset, self.multiple)
+        return -(-need // self.multiple) * self.multiple + self.offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a paper is trained. The engine fits the schedule to the budget; everything here can be set with ``--set``."""
+
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    """SGD's momentum; Adam's first beta."""
+    weight_decay: float = 0.0
+    schedule: Literal["one_cycle", "cosine", "poly", "step", "constant"] = "cosine"
+    warmup: float = 0.05
+    """Share of the steps during which the learning rate rises linearly."""
+    batch_size: int = 8
+    patch: int = 256
+    """Longest side of the training crops, in output pixels; smaller images are taken whole."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; None leaves it alone."""
+    average: float = 0.0
+    """Decay of the exponential moving average of the weights that is kept for prediction; 0 keeps the last weights."""
+    augment: Augment = field(default_factory=Augment)
+    decay_at: tuple[float, ...] = (0.6, 0.85)
+    """Shares of the steps after which schedule ``step`` divides the learning rate by ten."""
+    head_lr: float = 1.0
+    """Factor on the learning rate of the parameters that the network lists in ``head_parameters()``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """What a paper's module hands to the archive, as ``PAPER``. It replaces of the task what it changes, and only that."""
+
+    variants: Mapping[str, Any]
+    """Named configurations (frozen dataclasses); ``test`` is the contract tests' one."""
+    build: Callable[[Spec, Any], nn.Module]
+    """(spec, configuration) -> network. A dense network carries a ``grid: Grid``."""
+    recipe: Callable[[Any], Recipe]
+    """configuration -> recipe."""
+    auto: tuple[str, ...]
+    """Variants that ``--variant auto`` may take, from the cheapest to the dearest."""
+    loss: Callable[[Any], Loss] | None = None
+    """configuration -> loss; None takes the task's."""
+    prepare: Callable[[Any], Callable[[Sample], Sample]] | None = None
+    """configuration -> what is done to each training sample after augmentation; None leaves it alone."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """An inference method that wraps a trained run, as an entry of a module's ``METHODS``."""
+
+    config: Any
+    """Frozen dataclass with the defaults; ``--set`` changes its fields."""
+    build: Callable[[Any], Refiner]
+
+
+def override(settings: Mapping[str, Any], *targets: Any) -> tuple[Any, ...]:
+    """Put each setting into the first of the dataclasses ``targets`` that has a field of that name.
+
+    Values that are strings are read as the type of the field's present value. ``augment.elastic=5`` reaches into a field.
+
+    Raises:
+        ValueError: no target has such a field, or the value does not fit it. The message names the fields there are.
+    """
+    out = list(targets)
+    for key, value in settings.items():
+        head, _, rest = key.partition(".")
+        for i, target in enumerate(out):
+            names = {f.name for f in dataclasses.fields(target)}
+            if head not in names:
+                continue
+            present = getattr(target, head)
+            if rest:
+                new = override({rest: value}, present)[0]
+            else:
+                new = _read(key, value, present)
+            out[i] = dataclasses.replace(target, **{head: new})
+            break
+        else:
+            known = sorted({f.name for t in targets for f in dataclasses.fields(t)})
+            raise ValueError(f"no setting is called {key!r}; there are {', '.join(known)}")
+    return tuple(out)
+
+
+def _read(key: str, value: Any, present: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("none", "null"):
+        return None
+    try:
+        if isinstance(present, bool):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+        if isinstance(present, int):
+            return int(value)
+        if isinstance(present, float) or present is None:
+            return float(value)
+        if isinstance(present, tuple):
+            kind = type(present[0]) if present else float
+            return tuple(kind(v) for v in value.split(","))
+    except (ValueError, KeyError):
+        raise ValueError(f"{key}={value} does not read as {type(present).__name__}; its default is {present!r}") from None
+    return value
+
+
+def centre_crop(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The centre of the last ``len(size)`` axes; nothing is copied. An odd surplus leaves one more pixel behind the crop than before it."""
+    for axis, length in enumerate(size, start=x.ndim - len(size)):
+        x = x.narrow(axis, (x.shape[axis] - length) // 2, length)
+    return x

@@ -1,0 +1,80 @@
+"""A paper's claim as an experiment that can fail: what a paper's ``claim.py`` states and what it may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from paperworks.tasks.base import Output, Sample
+
+Results = Mapping[str, Mapping[str, list[float]]]
+"""arm -> metric -> one value per seed, in the order of the claim's seeds."""
+
+
+class Trained(Protocol):
+    """A trained network in an arm's hands."""
+
+    network: nn.Module
+    """In evaluation mode."""
+
+    def predict(self, image: Tensor, network: nn.Module | None = None) -> Tensor:
+        """Probabilities K H W of an image C H W in [0, 1] of any size; ``network`` stands in for the trained one (a pruned copy, say)."""
+        ...
+
+    def output(self, image: Tensor) -> Output:
+        """Everything that the network returns for one image C H W in [0, 1], padded by reflection to a valid size; batch axis kept."""
+        ...
+
+
+class Lab(Protocol):
+    """What an arm may do. Everything in it follows from the claim's pack and the seed."""
+
+    seed: int
+
+    @property
+    def training(self) -> Sequence[Sample]:
+        """Training samples without augmentation (``image`` C H W, ``mask`` H W, ``instances`` H W where there are any)."""
+        ...
+
+    @property
+    def validation(self) -> Sequence[Sample]:
+        """Validation samples, likewise."""
+        ...
+
+    def fit(self, paper: str | None = None, *, variant: str, steps: int, limit: int | None = None, **settings: Any) -> Trained:
+        """Train ``paper`` (default: the claim's own) on the training split, or on its first ``limit`` items.
+
+        The same arguments and seed give the same run, which is trained once and shared between arms.
+        ``settings`` are those of ``--set``; ``**{"augment.elastic": 0}`` reaches into a field.
+        """
+        ...
+
+    def evaluate(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The task's metrics of ``predict`` (image C H W -> probabilities K H W) over the validation split."""
+        ...
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """Median time of ``call`` in seconds, after a warm-up."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The experiment. ``run`` gives the metrics of one arm for one seed; ``holds`` judges all of them.
+
+    ``rule`` says in words (English, Chinese) what ``holds`` computes. ``control`` is the arm in which the idea is taken out.
+    """
+
+    data: str
+    arms: tuple[str, ...]
+    control: str
+    metric: str
+    run: Callable[[Lab, str], dict[str, float]]
+    holds: Callable[[Results], bool]
+    rule: tuple[str, str]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    minutes: float = 10.0
+    """What all arms and seeds take on two cores, about."""

@@ -1,0 +1,1 @@
+"""The engine: learner, run folder, budgets, resume."""
