@@ -1,0 +1,172 @@
+"""UNet++: U-Nets of depth 1 to 4 in one network, trained together and cut apart afterwards.
+
+Zhou, Siddiquee, Tajbakhsh and Liang, "UNet++: Redesigning Skip Connections to Exploit Multiscale Features in Image Segmentation", IEEE TMI
+2020 (arXiv 1912.05074); first version DLMIA 2018 (arXiv 1807.10165).
+
+How deep a U-Net should be is unknown before it is trained, and its skips join maps that are semantically far apart. UNet++ fills the triangle
+between encoder and decoder with nodes x(i,j), each of which sees all earlier nodes of its row and the one below, up-sampled. Deep supervision
+makes every node x(0,j) of the top row an answer, so that the trained network can be cut to the depth that a device can afford (``prune``).
+
+Differences from the official Keras code (read for facts; it is under a non-commercial licence): the up-sampled map comes last in the
+concatenation, as in eq. 1 (there: first); K classes with a softmax (there: one class with a sigmoid); the transposed convolutions are drawn
+from He's distribution too. Batch normalisation is not in the paper's network; the smaller variants have it, as they are trained in minutes.
+
+Shapes: B batch, C image channels, K classes, H W image, h w = H / 2^i, W / 2^i on row i, f(i) channels of row i, S supervised nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paperworks.nn.conv import he_init
+from paperworks.tasks.base import Batch, Grid, Loss, Output, Paper, Recipe, Spec
+
+IGNORE = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The triangle of nodes and what is in them."""
+
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """f(i), channels of row i; one more than the depth."""
+    deep_supervision: bool = True
+    """A head on each of x(0,1) ... x(0,L); without it only on x(0,L)."""
+    norm: bool = False
+    """Batch normalisation after each convolution."""
+    dropout: float = 0.5
+    """Rate after each convolution."""
+
+
+class H(nn.Sequential):
+    """H(.): two 3x3 convolutions, each with a ReLU and dropout."""
+
+    def __init__(self, inputs: int, outputs: int, config: Config) -> None:
+        layers: list[nn.Module] = []
+        for channels in (inputs, outputs):
+            layers.append(nn.Conv2d(channels, outputs, 3, padding=1, bias=not config.norm))
+            if config.norm:
+                layers.append(nn.BatchNorm2d(outputs))
+            layers.append(nn.ReLU(inplace=True))
+            if config.dropout:
+                layers.append(nn.Dropout(config.dropout))
+        super().__init__(*layers)
+
+
+class UNetPlusPlus(nn.Module):
+    """UNet++ L^d of depth d = len(widths) - 1: the nodes x(i,j) with i + j <= d. Sides of the input are multiples of 2^d."""
+
+    def __init__(self, channels: int, classes: int, config: Config) -> None:
+        super().__init__()
+        self.channels, self.classes, self.config = channels, classes, config
+        f = config.widths
+        self.depth = len(f) - 1
+        self.grid = Grid(2**self.depth)
+        self.nodes, self.up = nn.ModuleDict(), nn.ModuleDict()
+        for i in range(self.depth + 1):
+            self.nodes[name(i, 0)] = H(f[i - 1] if i else channels, f[i], config)
+            for j in range(1, self.depth - i + 1):
+                self.up[name(i, j)] = nn.ConvTranspose2d(f[i + 1], f[i], 2, stride=2)  # U(.)
+                self.nodes[name(i, j)] = H((j + 1) * f[i], f[i], config)
+        supervised = range(1, self.depth + 1) if config.deep_supervision else (self.depth,)
+        self.heads = nn.ModuleDict({name(0, j): nn.Conv2d(f[0], classes, 1) for j in supervised})
+        he_init(self)
+
+    def forward(self, image: Float[Tensor, "B C H W"]) -> Output:
+        """Answer with all supervised nodes.
+
+        Returns:
+            ``logits`` B K H W, whose softmax is the mean of the heads' probabilities (the paper's accurate mode), and
+            ``heads`` S B K H W, the logits of each head from the shallowest to the deepest.
+        """
+        x: dict[tuple[int, int], Tensor] = {}
+        # The d-th diagonal i + j = d is what L^d has more than L^(d-1): one step down the encoder, then all the way up.
+        for d in range(self.depth + 1):
+            x[d, 0] = self.nodes[name(d, 0)](F.max_pool2d(x[d - 1, 0], 2) if d else image)
+            for j in range(1, d + 1):
+                i = d - j
+                row = [x[i, k] for k in range(j)]
+                x[i, j] = self.nodes[name(i, j)](torch.cat([*row, self.up[name(i, j)](x[i + 1, j - 1])], 1))  # eq. 1: B f(i) h w
+        heads = torch.stack([head(x[0, int(key[-1])]) for key, head in self.heads.items()])  # S B K H W
+        return {"logits": heads.log_softmax(2).logsumexp(0) - math.log(len(self.heads)), "heads": heads}
+
+    def prune(self, depth: int) -> UNetPlusPlus:
+        """A copy cut to UNet++ L^depth: only the nodes with i + j <= depth, and the head on x(0,depth) alone (the fast mode).
+
+        Its output is that of this network's own head on x(0,depth), for fewer parameters and computations. A network that was trained
+        without deep supervision has one head, on its last node; the cut network gets that one, which was never trained on x(0,depth).
+
+        Raises:
+            ValueError: this network has no such depth.
+        """
+        if not 1 <= depth <= self.depth:
+            raise ValueError(f"depth {depth}: this network can be pruned to 1 ... {self.depth}")
+        pruned = UNetPlusPlus(
+            self.channels, self.classes, replace(self.config, widths=self.config.widths[: depth + 1], deep_supervision=False)
+        )
+        for key in pruned.nodes:
+            pruned.nodes[key].load_state_dict(self.nodes[key].state_dict())
+        for key in pruned.up:
+            pruned.up[key].load_state_dict(self.up[key].state_dict())
+        mine = self.heads[name(0, depth)] if self.config.deep_supervision else self.heads[name(0, self.depth)]
+        pruned.heads[name(0, depth)].load_state_dict(mine.state_dict())
+        return pruned.to(next(self.parameters()).device).train(self.training)
+
+
+def name(i: int, j: int) -> str:
+    """Key of node x(i,j): row i counted down the encoder, column j along the skip."""
+    return f"{i}_{j}"
+
+
+def hybrid_loss(logits: Float[Tensor, "B K H W"], target: Int[Tensor, "B H W"]) -> tuple[Tensor, Tensor]:
+    """The two terms of the hybrid loss (TMI paper, eq. 3), as they are printed there: pixel by pixel.
+
+    -1/N sum_c sum_n (y log p + 2 y p / (y^2 + p^2)) over the N pixels that are not ignored. With y in {0, 1} only the true class's
+    probability p is left of the sums: -log p and -2 p / (1 + p^2). A perfect answer costs 0 - 1 = -1.
+    """
+    valid = target != IGNORE
+    log_p = logits.log_softmax(1).gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)  # of the true class, B H W
+    p = log_p.exp()
+    pixels = valid.sum().clamp_min(1)
+    return -(log_p * valid).sum() / pixels, -(2 * p / (1 + p**2) * valid).sum() / pixels
+
+
+def deep_loss(output: Output, batch: Batch) -> dict[str, Tensor]:
+    """Sum of the hybrid loss over the heads (eq. 4, all weights eta = 1), and its two terms."""
+    terms = torch.stack([torch.stack(hybrid_loss(head, batch["mask"])) for head in output["heads"]]).sum(0)
+    return {"loss": terms.sum(), "cross_entropy": terms[0], "dice": terms[1]}
+
+
+VARIANTS = {
+    "paper": Config(),
+    "small": Config(widths=(16, 32, 64, 128, 256), norm=True, dropout=0.0),
+    "tiny": Config(widths=(8, 16, 32, 64, 128), norm=True, dropout=0.0),
+    "test": Config(widths=(2, 4, 4, 8, 8), norm=True, dropout=0.0),
+}
+
+
+def recipe(config: Config) -> Recipe:
+    """The paper's Adam; the normalised variants take a larger learning rate and a schedule that ends."""
+    if config.norm:
+        return Recipe(optimizer="adamw", lr=2e-3, weight_decay=1e-4, schedule="one_cycle", warmup=0.2, batch_size=8, patch=128)
+    # Keras' L2 of 1e-4 is added to the loss as 1e-4 |w|^2, whose gradient is that of a weight decay of 2e-4.
+    return Recipe(optimizer="adam", lr=3e-4, momentum=0.9, weight_decay=2e-4, schedule="constant", warmup=0.0, patch=96, clip=None)
+
+
+def build(spec: Spec, config: Config) -> UNetPlusPlus:
+    """The network for a data set."""
+    return UNetPlusPlus(spec.channels, len(spec.classes), config)
+
+
+def loss(config: Config) -> Loss:
+    """The deeply supervised hybrid loss."""
+    return deep_loss
+
+
+PAPER = Paper(variants=VARIANTS, build=build, recipe=recipe, auto=("tiny", "small", "paper"), loss=loss)
