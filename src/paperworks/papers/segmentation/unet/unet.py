@@ -124,7 +124,7 @@ def border_weights(instances: Int[np.ndarray, "*S"], w0: float = 10.0, sigma: fl
     for index, box in enumerate(ndimage.find_objects(instances), start=1):
         if box is not None:
             near = tuple(slice(max(side.start - reach, 0), side.stop + reach) for side in box)
-            distance = ndimage.distance_transform_edt(instances[near] != index)
+            distance = np.asarray(ndimage.distance_transform_edt(instances[near] != index))
             np.minimum(d2[near], np.maximum(d1[near], distance), out=d2[near])
             np.minimum(d1[near], distance, out=d1[near])
     return np.where(instances == 0, w0 * np.exp(-((d1 + d2) ** 2) / (2 * sigma**2)), 0.0)
@@ -134,7 +134,7 @@ def components(mask: Int[np.ndarray, "*S"]) -> Int[np.ndarray, "*S"]:
     """Connected components of each class, numbered from 1: the cells of a data set that does not tell cells apart."""
     found, total = np.zeros(mask.shape, dtype=np.int32), 0
     for index in np.setdiff1d(mask, (0, IGNORE)):
-        parts, count = ndimage.label(mask == index)
+        parts, count = ndimage.label(mask == index)  # type: ignore[misc]
         found[parts > 0] = parts[parts > 0] + total
         total += count
     return found
@@ -195,8 +195,8 @@ def recipe(config: Config) -> Recipe:
         return Recipe(optimizer="sgd", lr=1e-3, momentum=0.99, schedule="constant", batch_size=1, patch=388, augment=augment)
     if config.norm:
         lr = 3e-3 if config.widths[0] <= 16 else 1e-3
-        return Recipe(lr=lr, weight_decay=1e-2, schedule="one_cycle", batch_size=8, average=0.99)
-    return Recipe(lr=3e-4, schedule="one_cycle", batch_size=8, average=0.99)
+        return Recipe(lr=lr, weight_decay=1e-2, batch_size=8, average=0.99)
+    return Recipe(lr=3e-4, batch_size=8, average=0.99)
 
 
 PAPER = Paper(
