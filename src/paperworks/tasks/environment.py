@@ -1,0 +1,100 @@
+"""Where a number was measured, and how long things take there: what stands beside every recorded time."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide over speed and numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "lightning", "numpy", "onnx", "onnxruntime"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: ``cpu`` (name), ``cores`` (that this process may use), ``threads`` (that torch uses), ``memory_gib``, ``gpu`` (name or None), ``system``."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 2.0,
+    most: int = 200,
+    least: int = 5,
+    synchronise: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Time several calls in turns, A B C A B C ..., so that whatever else happens on the machine happens to all of them alike.
+
+    Args:
+        calls: what to time, by name.
+        seconds: spent on each, about, after one warm-up round.
+        most: rounds at most.
+        least: rounds at least, however long they take.
+        synchronise: called before each reading of the clock (``torch.cuda.synchronize`` for work on a GPU).
+
+    Returns:
+        For each name its times in seconds, in the order in which they were taken.
+    """
+    wait = synchronise or (lambda: None)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    began = time.perf_counter()
+    for done in range(most):
+        if done >= least and time.perf_counter() - began > seconds * len(calls):
+            break
+        for name, call in calls.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median ``p50`` and 95th percentile ``p95`` in milliseconds, and the count ``n``."""
+    ordered = sorted(times)
+    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    return {"p50": round(1e3 * statistics.median(ordered), 3), "p95": round(1e3 * p95, 3), "n": len(ordered)}
