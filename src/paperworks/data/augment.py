@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision import tv_tensors
 
@@ -68,8 +68,7 @@ class Augment:
         ndim = len(patch)
 
         # Every draw is made whether it is used or not: turning one part off leaves the others as they were.
-        draws = torch.rand(4, ndim, generator=generator, dtype=torch.float64)
-        flips, places, shifts, _ = draws.tolist()
+        flips, places, shifts = torch.rand(3, ndim, generator=generator, dtype=torch.float64).tolist()
         chosen = (torch.rand(8, generator=generator) < self.probability).tolist()
         amounts = (2 * torch.rand(8, generator=generator, dtype=torch.float64) - 1).tolist()
         vectors = torch.randn(*[self.elastic_grid] * ndim, ndim, generator=generator)  # in pixels of the patch, after scaling by elastic
@@ -86,7 +85,8 @@ class Augment:
             origin.append((int(place * (room + 1)) if room > 0 else room // 2) + s)
 
         if angle == 0 and scale == 1 and elastic == 0:
-            index = [_mirrored(o, p, n, g) for o, p, n, g in zip(origin, patch, size, sign)]
+            index = [mirrored(o, p, n) for o, p, n in zip(origin, patch, size)]
+            index = [i.flip(0) if s < 0 else i for i, s in zip(index, sign)]
             image = _take(image, index)
             masks = {key: _take(mask, index) for key, mask in masks.items()}
         else:
@@ -94,18 +94,18 @@ class Augment:
             matrix = torch.eye(ndim)  # patch -> image, both from their middles
             matrix[-2:, -2:] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
             matrix = matrix * torch.tensor(sign) / scale
-            where = field(patch, matrix, torch.tensor(middle), elastic * vectors)
-            image = sample_at(image, where, "bilinear")
+            unit = 2 / (torch.tensor(size) - 1).clamp(min=1)  # grid_sample: -1 and 1 are the outermost pixels, the last axis comes first
+            where = field(patch, (unit[:, None] * matrix).flip(0), (unit * torch.tensor(middle) - 1).flip(0), elastic * vectors)
+            image = _sample(image, where, "bilinear")
             if masks:
                 stack = torch.stack([mask.float() for mask in masks.values()])  # labels below 2^24 are exact in float32
-                moved = sample_at(stack, where, "nearest")
+                moved = _sample(stack, where, "nearest")
                 masks = {key: part.to(mask.dtype) for (key, mask), part in zip(masks.items(), moved)}
 
         image = self._grey(image, chosen[4:], amounts[4:], generator)
         out = dict(sample)
-        out["image"] = tv_tensors.wrap(image, like=sample["image"]) if isinstance(sample["image"], tv_tensors.TVTensor) else image
-        for key, mask in masks.items():
-            out[key] = tv_tensors.Mask(mask)
+        out["image"] = tv_tensors.Image(image)
+        out.update({key: tv_tensors.Mask(mask) for key, mask in masks.items()})
         return out
 
     def _grey(self, image: Tensor, chosen: Sequence[bool], amounts: Sequence[float], generator: torch.Generator) -> Tensor:
@@ -127,10 +127,11 @@ class Augment:
 def field(
     patch: Sequence[int], matrix: Float[Tensor, "n n"], middle: Float[Tensor, " n"], vectors: Float[Tensor, "*nodes n"]
 ) -> Float[Tensor, "*patch n"]:
-    """Where in the image each pixel of the patch is taken from: coordinates in pixels, in the order of the axes.
+    """Where in the image each pixel of the patch is taken from.
 
-    A pixel at x (from the middle of the patch) comes from ``matrix @ (x + d(x)) + middle``. The displacements d are ``vectors`` at the
-    nodes of a coarse grid whose outermost nodes are the patch's corner pixels, and bicubic in between (Keys' kernel, a = -0.75).
+    A pixel at x (in pixels from the middle of the patch) comes from ``matrix @ (x + d(x)) + middle``. The displacements d are
+    ``vectors`` at the nodes of a coarse grid whose outermost nodes are the patch's corner pixels, and bicubic in between (Keys'
+    kernel, a = -0.75).
     """
     nodes = vectors.shape[0]
     ndim = len(patch)
@@ -144,7 +145,7 @@ def field(
         linear[axis] = nodes + 1
         coefficients[tuple(linear)] = matrix[:, axis]
     for length in reversed(patch):  # the axis just multiplied comes first, so that the next one to do is always the last
-        coefficients = torch.tensordot(_basis(length, nodes), coefficients, dims=([1], [ndim - 1]))
+        coefficients = torch.einsum("xn,...nc->x...c", _basis(length, nodes), coefficients)
     return coefficients
 
 
@@ -159,21 +160,16 @@ def _basis(length: int, nodes: int) -> Tensor:
     return torch.cat([kernel, torch.ones(length, 1), x[:, None]], 1)
 
 
-def sample_at(image: Float[Tensor, "C ..."], where: Float[Tensor, "*patch n"], mode: str) -> Float[Tensor, "C ..."]:
-    """Values at coordinates in pixels; beyond its border the image is mirrored about its outermost pixels."""
-    size = torch.tensor(image.shape[1:], dtype=where.dtype)
-    unit = where * (2 / (size - 1).clamp(min=1)) - 1  # grid_sample: -1 and 1 are the middles of the outermost pixels
-    return F.grid_sample(image[None], unit.flip(-1)[None], mode=mode, padding_mode="reflection", align_corners=True)[0]
+def _sample(image: Tensor, where: Tensor, mode: str) -> Tensor:
+    """Values of C *size at grid_sample's coordinates; beyond its border the image is mirrored about its outermost pixels."""
+    return F.grid_sample(image[None], where[None], mode=mode, padding_mode="reflection", align_corners=True)[0]
 
 
-def _mirrored(origin: int, length: int, size: int, sign: float) -> Tensor:
-    """Indices origin ... origin + length - 1 folded back into 0 ... size - 1, in reverse for a negative sign."""
-    index = torch.arange(origin, origin + length)
-    if sign < 0:
-        index = index.flip(0)
+def mirrored(origin: int, length: int, size: int) -> Int[Tensor, " length"]:
+    """Indices origin ... origin + length - 1 folded back into 0 ... size - 1 at the outermost pixels, as often as it takes."""
     period = max(2 * (size - 1), 1)
-    index = index.remainder(period)
-    return torch.minimum(index, period - index) if size > 1 else torch.zeros_like(index)
+    index = torch.arange(origin, origin + length).remainder(period)
+    return torch.minimum(index, period - index)
 
 
 def _take(image: Tensor, index: Sequence[Tensor]) -> Tensor:
