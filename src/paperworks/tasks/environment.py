@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: ``cpu`` (name), ``cores`` (that this process may use), ``threads`` (that torch uses), ``memory_gib``, ``gpu`` (name or None), ``system``."""
+    """The machine: names of ``cpu`` and ``gpu`` (or None), ``cores`` that we may use, ``threads`` that torch uses, ``memory_gib``, ``system``."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
