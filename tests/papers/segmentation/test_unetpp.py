@@ -96,9 +96,7 @@ def test_all_heads_equal_monai(evidence, norm):
         assert error < TOLERANCE
         ours.up["1_2"].weight.mul_(1.02)  # a perturbed weight is seen
         assert relative(ours(image)["heads"], expected) > TOLERANCE
-    evidence.fidelity(
-        against=f"MONAI {monai.__version__} BasicUNetPlusPlus, {'batch norm' if norm else 'no norm'}, four heads", error=error
-    )
+    evidence.fidelity(against=f"MONAI {monai.__version__} BasicUNetPlusPlus, {'batch norm' if norm else 'no norm'}", error=error)
 
 
 def test_nested_wiring_equals_smp(evidence):
@@ -173,7 +171,7 @@ def test_pruned_network_is_a_copy():
     with torch.no_grad():
         net.prune(1).nodes["0_0"][0].weight.zero_()
     assert torch.equal(net.nodes["0_0"][0].weight, before)
-    with pytest.raises(ValueError, match="1 ... 4"):
+    with pytest.raises(ValueError, match="depth 5"):
         net.prune(5)
 
 

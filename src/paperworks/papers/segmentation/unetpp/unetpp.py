@@ -3,9 +3,10 @@
 Zhou, Siddiquee, Tajbakhsh and Liang, "UNet++: Redesigning Skip Connections to Exploit Multiscale Features in Image Segmentation", IEEE TMI
 2020 (arXiv 1912.05074); first version DLMIA 2018 (arXiv 1807.10165).
 
-How deep a U-Net should be is unknown before it is trained, and its skips join maps that are semantically far apart. UNet++ fills the triangle
-between encoder and decoder with nodes x(i,j), each of which sees all earlier nodes of its row and the one below, up-sampled. Deep supervision
-makes every node x(0,j) of the top row an answer, so that the trained network can be cut to the depth that a device can afford (``prune``).
+How deep a U-Net should be is unknown before it is trained, and its skips join maps that are semantically far apart. UNet++ fills the
+triangle between encoder and decoder with nodes x(i,j), each of which sees all earlier nodes of its row and the one below, up-sampled. Deep
+supervision makes every node x(0,j) of the top row an answer, so that the trained network can be cut to the depth that a device can afford
+(``prune``).
 
 Differences from the official Keras code (read for facts; it is under a non-commercial licence): the up-sampled map comes last in the
 concatenation, as in eq. 1 (there: first); K classes with a softmax (there: one class with a sigmoid); the transposed convolutions are drawn
@@ -107,9 +108,8 @@ class UNetPlusPlus(nn.Module):
         """
         if not 1 <= depth <= self.depth:
             raise ValueError(f"depth {depth}: this network can be pruned to 1 ... {self.depth}")
-        pruned = UNetPlusPlus(
-            self.channels, self.classes, replace(self.config, widths=self.config.widths[: depth + 1], deep_supervision=False)
-        )
+        config = replace(self.config, widths=self.config.widths[: depth + 1], deep_supervision=False)
+        pruned = UNetPlusPlus(self.channels, self.classes, config)
         for key in pruned.nodes:
             pruned.nodes[key].load_state_dict(self.nodes[key].state_dict())
         for key in pruned.up:
