@@ -105,7 +105,8 @@ def class_balance(mask: Int[np.ndarray, "*S"]) -> Float[np.ndarray, "*S"]:
     """w_c of eq. 2: the pixels of each class that is present weigh the same in sum, and 1 on average. Ours; the paper gives no formula."""
     counts = np.bincount(mask.ravel(), minlength=IGNORE + 1)
     counts[IGNORE] = 0
-    return (counts.sum() / max(np.count_nonzero(counts), 1) / np.maximum(counts, 1))[mask]
+    each = counts.sum() / max(np.count_nonzero(counts), 1) / np.maximum(counts, 1)
+    return np.where(counts > 0, each, 0.0)[mask]
 
 
 def border_weights(instances: Int[np.ndarray, "*S"], w0: float = 10.0, sigma: float = 5.0) -> Float[np.ndarray, "*S"]:
