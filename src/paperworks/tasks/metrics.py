@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Integer, Num
+from jaxtyping import Bool, Float, Integer
 from numpy import ndarray
 from scipy import ndimage
 from torch import Tensor
@@ -121,14 +120,17 @@ def boundary_counts(
     n_ours, n_theirs = int(ours.sum()), int(theirs.sum())
     if n_ours == 0 or n_theirs == 0:
         return 0, n_ours, 0, n_theirs
-    found = ndimage.distance_transform_edt(~theirs)[ours] <= tolerance
-    met = ndimage.distance_transform_edt(~ours)[theirs] <= tolerance
+    found, met = _distance(theirs)[ours] <= tolerance, _distance(ours)[theirs] <= tolerance
     return int(found.sum()), n_ours, int(met.sum()), n_theirs
 
 
 def _boundary(region: ndarray, valid: ndarray) -> ndarray:
-    outside = valid & ~region
-    return region & valid & ndimage.binary_dilation(outside)
+    return region & valid & np.asarray(ndimage.binary_dilation(valid & ~region), bool)
+
+
+def _distance(surface: ndarray, spacing: Sequence[float] | None = None) -> ndarray:
+    """Of each pixel to the nearest one of the surface."""
+    return np.asarray(ndimage.distance_transform_edt(~surface, sampling=spacing))
 
 
 def components(classes: Integer[ndarray, "*size"], n: int, background: int | None = 0) -> Integer[ndarray, "*size"]:
@@ -137,13 +139,14 @@ def components(classes: Integer[ndarray, "*size"], n: int, background: int | Non
     total = 0
     for c in range(n):
         if c != background:
-            labels, found = ndimage.label(classes == c)
+            labels = np.empty(classes.shape, np.int32)
+            found = int(ndimage.label(classes == c, output=labels))  # pyright: ignore[reportArgumentType]
             out[labels > 0] = labels[labels > 0] + total
             total += found
     return out
 
 
-def object_counts(predicted: Integer[ndarray, "*size"], true: Integer[ndarray, "*size"], iou: float = 0.5) -> Float[ndarray, "5"]:
+def object_counts(predicted: Integer[ndarray, "*size"], true: Integer[ndarray, "*size"], iou: float = 0.5) -> Float[ndarray, " counts"]:
     """Compare two maps of objects (0 is background): (matches, predicted objects, true objects, merges, splits).
 
     Two objects match if the intersection over union is more than ``iou`` >= 0.5, which no object can share with two others.
@@ -175,13 +178,12 @@ def hd95(predicted: Bool[ndarray, "*size"], true: Bool[ndarray, "*size"], spacin
     """
     if not predicted.any() or not true.any():
         return float("nan") if predicted.any() == true.any() else float("inf")
-    ours, theirs = (region & ~ndimage.binary_erosion(region) for region in (predicted, true))
-    there = ndimage.distance_transform_edt(~theirs, sampling=spacing)[ours]
-    back = ndimage.distance_transform_edt(~ours, sampling=spacing)[theirs]
+    ours, theirs = (region & ~np.asarray(ndimage.binary_erosion(region), bool) for region in (predicted, true))
+    there, back = _distance(theirs, spacing)[ours], _distance(ours, spacing)[theirs]
     return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 
-def _ratio(part: Num[ndarray, "..."], whole: Num[ndarray, "..."], empty: float = float("nan")) -> ndarray:
+def _ratio(part: ndarray, whole: ndarray, empty: float = float("nan")) -> ndarray:
     """Part / whole, and ``empty`` where the whole is zero."""
     return np.divide(part, whole, out=np.full(np.shape(whole), empty), where=np.asarray(whole) > 0)
 
