@@ -12,7 +12,9 @@ from paperworks import papers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", action="store_true", help="write what the tests of faithfulness measure to results/, and new golden numbers")
+    parser.addoption(
+        "--record", action="store_true", help="write what the tests of faithfulness measure to results/, and new golden numbers"
+    )
 
 
 class Evidence:
@@ -41,5 +43,8 @@ def evidence(request: pytest.FixtureRequest):
     if request.config.getoption("--record") and match and request.session.testsfailed == failed_before:
         card = papers.card(match[1])
         store.record(
-            card.id, "oracle", store.code_hash(card.folder / f"{card.id}.py"), {"oracles": collected.against, "properties": collected.properties}
+            card.id,
+            "oracle",
+            store.code_hash(card.folder / f"{card.id}.py"),
+            {"oracles": collected.against, "properties": collected.properties},
         )

@@ -12,6 +12,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from paperworks.files import write_json
+
 PACKAGE = Path(__file__).parent
 
 
@@ -34,29 +36,6 @@ def record(paper: str, level: str, code: str, content: dict[str, Any]) -> Path:
     path = results_root() / paper / f"{level}.json"
     write_json(path, {"paper": paper, "code": code, "date": date.today().isoformat(), **content})
     return path
-
-
-def write_json(path: Path, content: Any) -> None:
-    """JSON written to a temporary name, synced and renamed: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as f:
-            json.dump(content, f, ensure_ascii=False, indent=1, default=_plain)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} does not go into JSON")
 
 
 def code_hash(*files: Path) -> str:
@@ -97,5 +76,7 @@ def _tokens(source: str) -> str:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in skip or (token.type == tokenize.STRING and token.start[0] in docstrings):
             continue
+        if token.string in ")]}" and out and out[-1] == ",":
+            out.pop()  # a formatter's trailing comma
         out.append({tokenize.INDENT: ">", tokenize.DEDENT: "<"}.get(token.type, token.string))
     return " ".join(out)

@@ -65,7 +65,9 @@ def card(name: str) -> Card:
     known = cards()
     if name not in known:
         near = get_close_matches(name, known, 3)
-        raise InputError(f"no paper is called {name!r}; {'did you mean ' + ' or '.join(near) if near else '`paperworks list` names them all'}")
+        raise InputError(
+            f"no paper is called {name!r}; {'did you mean ' + ' or '.join(near) if near else '`paperworks list` names them all'}"
+        )
     return known[name]
 
 

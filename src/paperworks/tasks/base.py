@@ -80,7 +80,7 @@ class Recipe:
     momentum: float = 0.9
     """SGD's momentum; Adam's first beta."""
     weight_decay: float = 0.0
-    schedule: Literal["one_cycle", "cosine", "poly", "step", "constant"] = "cosine"
+    schedule: Literal["cosine", "poly", "step", "constant"] = "cosine"
     warmup: float = 0.05
     """Share of the steps during which the learning rate rises linearly."""
     batch_size: int = 8
@@ -140,10 +140,7 @@ def override(settings: Mapping[str, Any], *targets: Any) -> tuple[Any, ...]:
             if head not in names:
                 continue
             present = getattr(target, head)
-            if rest:
-                new = override({rest: value}, present)[0]
-            else:
-                new = _read(key, value, present)
+            new = override({rest: value}, present)[0] if rest else _read(key, value, present)
             out[i] = dataclasses.replace(target, **{head: new})
             break
         else:

@@ -1,0 +1,500 @@
+"""The commands. Nothing heavy is imported before one of them runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paperworks.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="An archive of computer-vision papers in which every paper runs.\n\n"
+    "Start here: paperworks compare ./my_images --papers unet,unetpp,attention_unet --budget 10m",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Data = Annotated[str, typer.Argument(help="A folder, an annotation file or pack:NAME.", metavar="DATA")]
+PaperId = Annotated[str, typer.Argument(help="A paper's id; `paperworks list` names them.", metavar="ID")]
+Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes; a folder that does not exist yet.")]
+BudgetOption = Annotated[str | None, typer.Option("--budget", help="Time to train, as 90s, 10m or 1h30m.")]
+EpochsOption = Annotated[float | None, typer.Option("--epochs", help="Train so many passes over the data instead.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Train so many steps instead.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a field of the paper's configuration or recipe, as key=value; repeat for more.")
+]
+Precision = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
+Workers = Annotated[int, typer.Option("--workers", help="Processes that read and augment; 0 does it in this one.")]
+
+
+def _print_json(content: Any) -> None:
+    from paperworks.files import plain_json
+
+    print(plain_json(content))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _settings(pairs: list[str] | None) -> dict[str, str]:
+    out = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {pair!r} is not of the form key=value")
+        out[key] = value
+    return out
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InputError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+    return value
+
+
+def _default_budget(budget: str | None, epochs: float | None, steps: int | None) -> str | None:
+    return "10m" if budget is None and epochs is None and steps is None else budget
+
+
+def _open(task_name: str, source: str) -> Any:
+    """Open a data set with a progress bar over its files."""
+    from paperworks.cli.progress import counting
+    from paperworks.tasks import task
+
+    with counting(f"reading {source}") as progress:
+        return task(task_name)(source, progress=progress)
+
+
+@app.command("list")
+def list_papers(
+    task: Annotated[str | None, typer.Option("--task", help="Only papers of this task.")] = None,
+    section: Annotated[str | None, typer.Option("--section", help="Only papers of this section.")] = None,
+    verdict: Annotated[str | None, typer.Option("--verdict", help="deployable, buildable or watch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The papers of the archive, with what is proven about each.
+
+    Example: paperworks list --task segmentation --verdict deployable
+    """
+    from paperworks import papers
+    from paperworks.study.audit import audit
+
+    rows = []
+    for card in papers.cards().values():
+        if (task and card.task != task) or (section and card.section != section):
+            continue
+        found = audit(card.id)
+        if verdict is None or found["verdict"] == verdict:
+            rows.append(
+                {
+                    "id": card.id,
+                    "title": card.title,
+                    "year": card.year,
+                    "task": card.task,
+                    "section": card.section,
+                    "kind": card.kind,
+                    "level": found["level"],
+                    "claim": found["claim"],
+                    "verdict": found["verdict"],
+                    "methods": list(card.methods),
+                }
+            )
+    if as_json:
+        return _print_json(rows)
+    width = max((len(r["id"]) for r in rows), default=0)
+    for r in rows:
+        print(f"{r['id']:<{width}}  {r['year']}  {r['task']}  level {r['level']}  {r['verdict']:<10}  {r['title']}")
+    if not rows:
+        print("no paper fits; `paperworks list` shows all", file=sys.stderr)
+
+
+@app.command()
+def show(paper: PaperId, language: Annotated[str, typer.Option("--lang", help="en or zh.")] = "en", as_json: Json = False) -> None:
+    """A paper's card: idea, variants, evidence, verdict, how to use it.
+
+    Example: paperworks show unet --lang zh
+    """
+    from paperworks import papers
+    from paperworks.study.audit import audit
+
+    _choice("--lang", language, ("en", "zh"))
+    card, found = papers.card(paper), audit(paper)
+    if as_json:
+        facts = {k: (str(v) if isinstance(v, Path) else v) for k, v in vars(card).items()}
+        return _print_json(facts | {"evidence": found})
+    print(f"{card.title}\n{card.authors}, {card.venue} {card.year}" + (f", arXiv {card.arxiv}" if card.arxiv else ""))
+    print(f"\n{card.idea[language]}\n")
+    print(f"{'Claim' if language == 'en' else '主张'}: {card.claim[language]}")
+    if card.headline:
+        print(f"{'Reported' if language == 'en' else '论文结果'}: {card.headline[language]}")
+    print(f"\n{'variant':<12} {'parameters':>12}")
+    for name, variant in card.variants.items():
+        print(f"{name:<12} {variant['params']:>12,}  {variant['about'][language]}")
+    for name, method in card.methods.items():
+        print(f"\npredict --with {name}: {method['about'][language]}")
+    print(
+        f"\nevidence: level {found['level']} of 4, claim {found['claim'] or 'not run'}, verdict {found['verdict']}"
+        + (" (stale)" if found["stale"] else "")
+    )
+    if found["fidelity"] is not None:
+        print(f"fidelity: relative error {found['fidelity']:.1e} against {found['against']}")
+    for line in found["missing"]:
+        print(f"missing: {line}")
+    print(f"\nnote: {card.folder / ('note.md' if language == 'en' else 'note.zh.md')}")
+    print(f"try:  paperworks train {paper} DATA --budget 10m")
+
+
+@app.command()
+def data(path: Data, as_json: Json = False) -> None:
+    """What is in a folder: task, counts, sizes, classes, and every problem by file name.
+
+    Examples: paperworks data ./my_images; paperworks data pack:cardiac_mr --json
+    """
+    from paperworks.cli.progress import counting
+    from paperworks.data import open_folder
+
+    with counting(f"reading {path}") as progress:
+        folder = open_folder(path, progress=progress)
+    found = folder.describe()
+    if as_json:
+        return _print_json(found)
+    from paperworks.cli.tables import describe_data
+
+    describe_data(found)
+
+
+@app.command()
+def train(
+    paper: PaperId,
+    data: Data,
+    out: Out = None,
+    variant: Annotated[str, typer.Option("--variant", help="A named variant; auto takes the largest that the budget can train.")] = "auto",
+    budget: BudgetOption = None,
+    epochs: EpochsOption = None,
+    steps: StepsOption = None,
+    settings: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Decides initial weights, order and augmentation.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", help="Train on the first so many images only.")] = None,
+    precision: Precision = "auto",
+    workers: Workers = 0,
+    devices: Annotated[int, typer.Option("--devices", help="GPUs, or processes on CPU.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", help="Machines, under torchrun or SLURM.")] = 1,
+) -> None:
+    """Train a paper on your data; leaves a run folder with the model. Without a budget: 10 minutes.
+
+    Examples: paperworks train unet ./my_images --budget 10m;
+    paperworks train unetpp pack:nuclei --variant small --epochs 20 --set lr=1e-3 --out runs/nuclei
+    """
+    from paperworks import papers
+    from paperworks.cli.progress import TrainingBar
+    from paperworks.train.api import fit
+
+    _choice("--precision", precision, ("auto", "fp32", "bf16"))
+    out = out or Path("runs") / f"{paper}_{Path(data.removeprefix('pack:')).stem}"
+    opened = _open(papers.card(paper).task, data)
+    with TrainingBar(f"{paper}") as bar:
+        run = fit(
+            paper,
+            data,
+            out,
+            variant=variant,
+            budget=_default_budget(budget, epochs, steps),
+            epochs=epochs,
+            steps=steps,
+            seed=seed,
+            resume=resume,
+            workers=workers,
+            devices=devices,
+            nodes=nodes,
+            precision=precision,
+            limit=limit,
+            opened=opened,
+            listener=bar,
+            settings=_settings(settings),
+        )
+    from paperworks.cli.tables import metrics_table
+
+    metrics_table(run.record["metrics"])
+    print(f"model    {run.folder / 'model.safetensors'}\npictures {run.folder / 'pictures' / 'final.png'}")
+    print(f"predict  paperworks predict {run.folder} IMAGES --out DIR")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run folder or an exported .onnx file.", metavar="RUN")],
+    data: Data,
+    refiner: Annotated[str | None, typer.Option("--with", help="An inference method that refines the predictions, as dense_crf.")] = None,
+    settings: Set = None,
+    split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
+    as_json: Json = False,
+) -> None:
+    """Measure a trained model on labelled data, besides the baselines.
+
+    Example: paperworks evaluate runs/unet ./more_images --json
+    """
+    from paperworks.cli.progress import counting
+    from paperworks.export.predict import build_refiner, load_model
+
+    _choice("--split", split, ("val", "train"))
+    model = load_model(run)
+    refine = build_refiner(refiner, _settings(settings)) if refiner else None
+    opened = _open(model.spec.task, data)
+    opened.check(model.spec)
+    items = opened.val if split == "val" else opened.train
+    with counting("predicting") as progress:
+        metrics, per_image = opened.evaluate(lambda image: model.predict(image, refine), items, progress=progress)
+    baselines = {name: opened.evaluate(predict, items)[0] for name, predict in opened.baselines().items()}
+    if as_json:
+        return _print_json({"metrics": metrics, "per_image": per_image, "baselines": baselines})
+    from paperworks.cli.tables import comparison_table
+
+    comparison_table({Path(run).name: metrics, **baselines}, opened.metric)
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(help="A run folder or an exported .onnx file.", metavar="RUN")],
+    inputs: Annotated[list[Path], typer.Argument(help="Images or folders of images.", metavar="INPUT...")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the masks.")],
+    refiner: Annotated[str | None, typer.Option("--with", help="An inference method that refines the predictions, as dense_crf.")] = None,
+    settings: Set = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write each class's probability as a float16 TIFF.")] = False,
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the masks on the images.")] = False,
+    window: Annotated[
+        int, typer.Option("--window", help="Images with a longer side are predicted in overlapping tiles of this size.")
+    ] = 1024,
+    overlap: Annotated[float, typer.Option("--overlap", help="Share of a tile that its neighbour covers too.")] = 0.25,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip images whose mask is there.")] = False,
+) -> None:
+    """Predict images of any size; masks keep the images' names and sizes, their values are class indexes.
+
+    Examples: paperworks predict runs/unet ./new_images --out masks;
+    paperworks predict unet.onnx scan.tif --out masks --with dense_crf --set sigma_colour=5
+    """
+    from paperworks.cli.progress import counting
+    from paperworks.export.predict import build_refiner, load_model, predict_files
+
+    model = load_model(run)
+    refine = build_refiner(refiner, _settings(settings)) if refiner else None
+    if settings and not refiner:
+        raise InputError("--set changes an inference method here; name it with --with")
+    with counting("predicting") as progress:
+        written = predict_files(
+            model,
+            inputs,
+            out,
+            refine=refine,
+            probabilities=probabilities,
+            overlays=overlays,
+            window=window,
+            overlap=overlap,
+            resume=resume,
+            progress=progress,
+        )
+    print(f"{len(written)} masks in {out}; class indexes: " + ", ".join(f"{i} {name}" for i, name in enumerate(model.spec.classes)))
+
+
+@app.command()
+def compare(
+    data: Data,
+    names: Annotated[str, typer.Option("--papers", help="Ids of papers of one task, separated by commas.")],
+    budget: BudgetOption = None,
+    epochs: EpochsOption = None,
+    steps: StepsOption = None,
+    out: Out = None,
+    variant: Annotated[str, typer.Option("--variant", help="For all papers; auto measures step times and chooses.")] = "auto",
+    seeds: Annotated[str, typer.Option("--seeds", help="One training for each, as 0,1,2.")] = "0",
+    precision: Precision = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train several papers on your data under the same budget: a report, a recommendation, a trained model.
+
+    The budget is each paper's. An interrupted comparison goes on when the command is repeated.
+
+    Example: paperworks compare ./my_images --papers unet,unetpp,attention_unet,deeplab_crf --budget 10m
+    """
+    from paperworks import papers
+    from paperworks.cli.progress import ComparisonBars
+    from paperworks.study.compare import compare as run_comparison
+
+    _choice("--precision", precision, ("auto", "fp32", "bf16"))
+    ids = [name.strip() for name in names.split(",") if name.strip()]
+    cards = [papers.card(name) for name in ids]
+    if not cards:
+        raise InputError("--papers names no paper; `paperworks list` shows them")
+    try:
+        seed_list = [int(s) for s in seeds.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds {seeds!r} is no list of whole numbers such as 0,1,2") from None
+    out = out or Path("runs") / f"compare_{Path(data.removeprefix('pack:')).stem}"
+    opened = _open(cards[0].task, data)
+    with ComparisonBars() as watcher:
+        result = run_comparison(
+            data,
+            ids,
+            out,
+            budget=_default_budget(budget, epochs, steps),
+            epochs=epochs,
+            steps=steps,
+            variant=variant,
+            seeds=seed_list,
+            precision=precision,
+            opened=opened,
+            watcher=watcher,
+        )
+    if as_json:
+        return _print_json(result)
+    from paperworks.cli.tables import compare_table
+
+    compare_table(result, out)
+
+
+@app.command()
+def claim(
+    paper: PaperId,
+    out: Out = None,
+    record: Annotated[bool, typer.Option("--record", help="Keep the outcome in results/.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Try a paper's claim as a small experiment: every arm, every seed, judged by the rule in the paper's claim.py.
+
+    Example: paperworks claim unet
+    """
+    from paperworks.cli.progress import ComparisonBars
+    from paperworks.study.claim import try_claim
+
+    out = out or Path("runs") / f"claim_{paper}"
+    with ComparisonBars() as watcher:
+        outcome = try_claim(paper, out, record=record, listener=lambda name: watcher.paper(name, 0), told=watcher.note)
+    if as_json:
+        return _print_json(outcome)
+    from paperworks.cli.tables import claim_table
+
+    claim_table(outcome, out)
+
+
+@app.command()
+def measure(
+    subject: Annotated[str, typer.Argument(help="A paper's id or a run folder.", metavar="ID|RUN")],
+    variant: Annotated[str | None, typer.Option("--variant", help="Of a paper; default: its cheapest practical one.")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Height and width of the image; default: 256, or the run's data.")] = None,
+    channels: Annotated[int, typer.Option("--channels", help="Of the image, for a paper.")] = 3,
+    classes: Annotated[int, typer.Option("--classes", help="For a paper.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Parameters, operations, latency and memory.
+
+    Examples: paperworks measure unet --variant paper --size 388; paperworks measure runs/unet
+    """
+    from paperworks.study.measure import measure_subject
+
+    found = measure_subject(subject, variant=variant, size=size, channels=channels, classes=classes)
+    if as_json:
+        return _print_json(found)
+    from paperworks.cli.tables import cost_table
+
+    cost_table(found)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run folder.", metavar="RUN")],
+    out: Annotated[Path, typer.Option("--out", help="The .onnx file.")],
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits; quality and speed before and after are measured.")] = False,
+    data: Annotated[str | None, typer.Option("--data", help="Where the run's data lies now, if it moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Export a run to ONNX; it is reported as done only after its outputs equal the original's.
+
+    Example: paperworks export runs/unet --out unet.onnx
+    """
+    from paperworks.export.onnx import export_run
+    from paperworks.train.run import Run
+
+    loaded = Run.load(run)
+    report = export_run(loaded, out, data=_open(loaded.spec.task, data or loaded.record["data"]["source"]), int8=int8)
+    if as_json:
+        return _print_json(report)
+    from paperworks.cli.tables import export_table
+
+    export_table(report, out)
+
+
+@app.command()
+def audit(
+    papers_: Annotated[list[str] | None, typer.Argument(help="Ids; default: all.", metavar="[ID...]")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Check levels 1 and 4 now and keep the evidence in results/.")] = False,
+    budget: Annotated[str, typer.Option("--budget", help="Training time of --record.")] = "60s",
+    as_json: Json = False,
+) -> None:
+    """The four levels of evidence of each paper: builds, faithful, claimed, usable.
+
+    Example: paperworks audit unet unetpp --json
+    """
+    from paperworks import papers
+    from paperworks.study.audit import audit as look
+
+    ids = papers_ or list(papers.cards())
+    for name in ids:
+        papers.card(name)
+    if record:
+        import tempfile
+
+        from paperworks.cli.progress import TrainingBar
+        from paperworks.study.audit import record_builds, record_usable
+        from paperworks.train.budget import parse_duration
+
+        for name in ids:
+            record_builds(name)
+            with tempfile.TemporaryDirectory() as folder, TrainingBar(name) as bar:
+                record_usable(name, Path(folder), budget=parse_duration(budget), listener=bar)
+    found = [look(name) for name in ids]
+    if as_json:
+        return _print_json(found)
+    from paperworks.cli.tables import audit_table
+
+    audit_table(found)
+
+
+@app.command()
+def new(
+    paper: Annotated[str, typer.Argument(help="Id of the new paper: lower case, as unetpp.", metavar="ID")],
+    task: Annotated[str, typer.Option("--task", help="The task whose contract it keeps.")],
+    section: Annotated[str, typer.Option("--section", help="Section of the archive; default: the task's.")] = "",
+) -> None:
+    """Make a folder for a new paper; its tests fail with clear messages until it is filled.
+
+    Example: paperworks new my_paper --task segmentation
+    """
+    from paperworks.study.new import make_paper
+
+    for path in make_paper(paper, task, section or task):
+        print(path)
+    print(f"fill these in, then: pytest tests/papers tests/contract -k {paper}")
+
+
+def version(value: bool) -> None:
+    """Print the version and leave."""
+    if value:
+        from paperworks import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(_: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False) -> None:
+    """Options of the program itself."""

@@ -1,0 +1,244 @@
+"""The four levels of evidence, computed from recorded files; nobody writes a level by hand.
+
+1 builds (``builds.json``), 2 faithful (``oracle.json``, written by the paper's tests), 3 claimed (``claim.json``), 4 usable (``usable.json`` and
+``cost.json``). A level counts only on top of those below it. Evidence that was measured on other code than today's is shown as stale.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paperworks import evidence, papers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FAITHFUL = 1e-4
+"""Largest relative error of outputs against an independent implementation."""
+QUICK_SECONDS = 1.0
+"""A deployable paper answers for one image of its pack within this time on the recorded machine's CPU."""
+
+
+def current_code(card: papers.Card, level: str) -> str:
+    """Hash of the code that a piece of evidence depends on."""
+    files = [card.folder / f"{card.id}.py"]
+    if level == "claim":
+        files.append(card.folder / "claim.py")
+    return evidence.code_hash(*files)
+
+
+def audit(name: str) -> dict[str, Any]:
+    """What is proven about a paper: level, what is missing for the next, what is stale, claim, fidelity, verdict."""
+    card = papers.card(name)
+    found = {level: evidence.read(name, level) for level in ("builds", "oracle", "claim", "usable", "cost")}
+    missing = []
+    if found["builds"] is None:
+        missing.append("builds: never checked (paperworks audit --record)")
+    elif found["builds"]["problems"]:
+        missing += [f"builds: {p}" for p in found["builds"]["problems"]]
+    oracle = found["oracle"] or {}
+    errors = [(o["relative_error"], o["against"]) for o in oracle.get("oracles", [])]
+    if found["oracle"] is None:
+        missing.append("faithful: its tests were never recorded (pytest --record)")
+    elif not errors and not oracle["properties"]:
+        missing.append("faithful: no independent implementation and no property")
+    elif any(not e < FAITHFUL for e, _ in errors):
+        missing.append(f"faithful: relative error {max(errors)[0]:.1e} against {max(errors)[1]}")
+    if found["claim"] is None:
+        missing.append("claimed: the claim was never run (paperworks claim --record)")
+    if found["usable"] is None:
+        missing.append("usable: never run from data to predictions (paperworks audit --record)")
+    elif found["usable"]["problems"]:
+        missing += [f"usable: {p}" for p in found["usable"]["problems"]]
+    if found["cost"] is None:
+        missing.append("usable: costs were never measured (paperworks audit --record)")
+    levels = ("builds", "faithful", "claimed", "usable")
+    reached = next((i for i, level in enumerate(levels) if any(m.startswith(level) for m in missing)), 4)
+    stale = [level for level, content in found.items() if content is not None and content["code"] != current_code(card, level)]
+    worst = max(errors, default=None)
+    return {
+        "id": name,
+        "section": card.section,
+        "task": card.task,
+        "level": reached,
+        "stale": bool(stale),
+        "stale_evidence": stale,
+        "missing": missing,
+        "claim": None if found["claim"] is None else "held" if found["claim"]["held"] else "not held",
+        "fidelity": worst[0] if worst else None,
+        "against": worst[1] if worst else None,
+        "verdict": _verdict(card, reached, found),
+    }
+
+
+def verdict(name: str) -> str:
+    """deployable, buildable or watch (docs/verdicts.md)."""
+    return audit(name)["verdict"]
+
+
+def _verdict(card: papers.Card, level: int, found: dict[str, Any]) -> str:
+    if card.verdict_override:
+        return card.verdict_override["verdict"]
+    usable = found["usable"] or {}
+    better = usable.get("value", -math.inf) > usable.get("baseline", math.inf)
+    if level < 3 or not better:
+        return "watch"
+    exported = (usable.get("export") or {}).get("relative_error", math.inf) < FAITHFUL
+    latency = min(
+        (form["1"]["p50"] for form in ((found["cost"] or {}).get("latency_ms") or {}).values() if form.get("1")), default=math.inf
+    )
+    return "deployable" if level == 4 and exported and latency < 1000 * QUICK_SECONDS else "buildable"
+
+
+# Level 1
+
+
+def check_builds(name: str) -> tuple[dict[str, int], list[str]]:
+    """Build every variant and train the ``test`` one for a step; returns parameter counts by variant and what is wrong.
+
+    Counts are taken on the meta device, with the channels and classes that the card states for them.
+    """
+    import torch
+
+    card, paper = papers.card(name), papers.paper(name)
+    problems, counts = [], {}
+    if set(card.variants) != set(paper.variants):
+        problems.append(f"card.toml and VARIANTS differ: {sorted(set(card.variants) ^ set(paper.variants))}")
+    for variant, config in paper.variants.items():
+        stated = card.variants.get(variant, {})
+        with torch.device("meta"):
+            network = paper.build(plain_spec(card.task, stated.get("channels", 1), stated.get("classes", 2), stated.get("ndim", 2)), config)
+        counts[variant] = sum(p.numel() for p in network.parameters())
+        if counts[variant] != stated.get("params"):
+            problems.append(f"{variant} has {counts[variant]:,} parameters, the card says {stated.get('params')}")
+    config = paper.variants["test"]
+    problems += _check_step(name, config)
+    return counts, problems
+
+
+def plain_spec(task: str, channels: int, classes: int, ndim: int = 2, size: int = 64) -> Any:
+    """A spec of a data set that does not exist, to build networks for."""
+    from paperworks.tasks.base import Spec
+
+    return Spec(
+        task=task,
+        channels=channels,
+        classes=tuple(f"class {i}" for i in range(classes)),
+        size=(size,) * ndim,
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+    )
+
+
+def plain_batch(network: nn.Module, channels: int, classes: int, ndim: int = 2, size: int = 48, batch: int = 2) -> dict[str, Any]:
+    """A batch of noise with labels, of a size that the network takes."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    side = network.grid.fit(size)  # type: ignore[union-attr, operator]
+    shape = (batch, *(side,) * ndim)
+    mask = torch.randint(0, classes, shape, generator=generator)
+    return {
+        "image": torch.randn(batch, channels, *shape[1:], generator=generator),
+        "mask": mask,
+        "instances": mask.int(),
+        "weight": torch.ones(shape),
+        "name": [f"noise {i}" for i in range(batch)],
+    }
+
+
+def _check_step(name: str, config: Any) -> list[str]:
+    import torch
+
+    from paperworks.tasks import task
+
+    card, paper = papers.card(name), papers.paper(name)
+    ndim = getattr(config, "ndim", 2)
+    torch.manual_seed(0)
+    network = paper.build(plain_spec(card.task, 1, 3, ndim), config).train()
+    batch = plain_batch(network, 1, 3, ndim)
+    terms = (paper.loss(config) if paper.loss else task(card.task).loss)(network(batch["image"]), batch)
+    problems = [] if torch.isfinite(terms["loss"]) else [f"test: the loss is {float(terms['loss'])}"]
+    terms["loss"].backward()
+    idle = [n for n, p in network.named_parameters() if p.grad is None]
+    if idle:
+        problems.append(f"test: no gradient reaches {', '.join(idle[:5])}")
+    network.eval()
+    again = paper.build(plain_spec(card.task, 1, 3, ndim), config).eval()
+    again.load_state_dict(network.state_dict())
+    with torch.inference_mode():
+        if not torch.equal(network(batch["image"])["logits"], again(batch["image"])["logits"]):
+            problems.append("test: saved and loaded weights give other outputs")
+    return problems
+
+
+def record_builds(name: str) -> dict[str, Any]:
+    """Check level 1 and keep the outcome in ``results/<id>/builds.json``."""
+    counts, problems = check_builds(name)
+    content = {"parameters": counts, "problems": problems}
+    evidence.record(name, "builds", current_code(papers.card(name), "builds"), content)
+    return content
+
+
+# Level 4
+
+
+def record_usable(name: str, out: Path, *, budget: float, listener: Any = None) -> dict[str, Any]:
+    """Train on the task's pack, predict its validation images from files, export, predict again; keep outcome, costs and picture in ``results/``."""
+    from paperworks.evidence import results_root
+    from paperworks.export.onnx import export_run
+    from paperworks.export.predict import load_model, predict_files
+    from paperworks.files import atomic
+    from paperworks.study.measure import measure
+    from paperworks.tasks import DEFAULT_PACKS, task
+    from paperworks.tasks.environment import hardware
+    from paperworks.tasks.segmentation import Deployed
+    from paperworks.train.api import fit
+
+    card = papers.card(name)
+    source = DEFAULT_PACKS[card.task]
+    data = task(card.task)(source)
+    problems: list[str] = []
+    run = fit(name, source, out / "run", budget=budget, opened=data, resume=(out / "run" / "run.json").exists(), listener=listener)
+    value = run.record["metrics"][data.metric]
+    baseline = max(data.evaluate(predict)[0][data.metric] for predict in data.baselines().values())
+    if not value > baseline:
+        problems.append(f"{data.metric} {value:.3f} does not beat the baseline's {baseline:.3f}")
+    files = [item.images[0] for item in data.val[:8]]
+    written = predict_files(load_model(run.folder), files, out / "predictions")
+    if len(written) != len(files):
+        problems.append(f"predicted {len(written)} of {len(files)} files")
+    export: dict[str, Any] | None = None
+    try:
+        export = export_run(run, out / "model.onnx", data=data)
+        predict_files(load_model(out / "model.onnx"), files, out / "predictions_onnx")
+    except Exception as error:
+        problems.append(f"export: {str(error).splitlines()[0]}")
+    deployed = Deployed(run.network(), data.spec).eval()
+    cost = measure(
+        deployed,
+        channels=data.spec.channels,
+        size=tuple(data.spec.size),
+        grid=deployed.grid,
+        onnx_path=out / "model.onnx" if export else None,
+    )
+    code = current_code(card, "usable")
+    with atomic(results_root() / name / "usable.png") as temporary:
+        temporary.write_bytes((run.folder / "pictures" / "final.png").read_bytes())
+    content = {
+        "pack": source,
+        "variant": run.record["request"]["variant"],
+        "budget_seconds": budget,
+        "steps": run.record["steps"],
+        "metric": data.metric,
+        "value": value,
+        "baseline": baseline,
+        "export": export,
+        "hardware": hardware(),
+        "problems": problems,
+    }
+    evidence.record(name, "usable", code, content)
+    evidence.record(name, "cost", code, {"variant": content["variant"], **cost})
+    return content

@@ -1,0 +1,413 @@
+"""The main job: one folder of data, several papers, the same budget each; a table, a recommendation and a trained model.
+
+Every paper gets the same split, the same budget and seeds. What is trained is kept: the same command continues an interrupted comparison.
+A paper that fails is a row with its error, not the end.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import shlex
+import traceback
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from paperworks import __version__, papers
+from paperworks.errors import InputError
+from paperworks.export.onnx import export_run
+from paperworks.files import atomic, write_json
+from paperworks.study.audit import verdict
+from paperworks.study.measure import measure
+from paperworks.study.report import write_report
+from paperworks.tasks import task
+from paperworks.tasks.drawing import error_map, overlay
+from paperworks.tasks.environment import hardware, versions
+from paperworks.tasks.segmentation import Deployed, predictor
+from paperworks.train.api import fit
+from paperworks.train.budget import Budget, parse_duration
+from paperworks.train.engine import Interrupted, Listener, Silent
+from paperworks.train.run import Run
+
+log = logging.getLogger("paperworks")
+
+PICTURES = 6
+"""Validation images that the report shows side by side, from the hardest to the easiest."""
+BASELINE_NAMES = {"otsu": "Otsu's threshold", "majority": "Majority class"}
+
+
+class Watcher(Protocol):
+    """What follows a comparison."""
+
+    def paper(self, name: str, seed: int) -> Listener:
+        """A training begins."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A line for the person."""
+        ...
+
+
+class SilentWatcher:
+    """Says nothing."""
+
+    def paper(self, name: str, seed: int) -> Listener:
+        """A silent listener."""
+        return Silent()
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+def compare(
+    data: str | Path,
+    names: Sequence[str],
+    out: str | Path,
+    *,
+    budget: str | float | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    variant: str = "auto",
+    seeds: Sequence[int] = (0,),
+    precision: str = "auto",
+    costs: bool = True,
+    opened: Any = None,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Train every paper on the data under the same budget and write ``out/report.html`` and ``out/compare.json``.
+
+    Args:
+        data: a folder, an annotation file or ``pack:NAME``.
+        names: papers of one task.
+        out: the comparison's folder; one with the same request is continued.
+        budget: of each paper and seed, in seconds or as ``90s``, ``10m``.
+        epochs: instead of a budget.
+        steps: instead of a budget.
+        variant: for all papers; ``auto`` chooses by measured step times.
+        seeds: one training each.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        costs: measure latency and memory and export each model.
+        opened: the data set, when the caller has opened it already.
+        watcher: is told what goes on.
+
+    Raises:
+        InputError: the papers are not of one task, or ``out`` holds something else.
+    """
+    out, watcher = Path(out), watcher or SilentWatcher()
+    seconds = parse_duration(budget) if isinstance(budget, str) else budget
+    asked = Budget(seconds=seconds, steps=steps, epochs=epochs)
+    cards = [papers.card(name) for name in names]
+    if not cards or len({c.task for c in cards}) > 1:
+        raise InputError(f"compare takes papers of one task; these are of {', '.join(f'{c.id}: {c.task}' for c in cards) or 'none'}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--papers names one twice: {','.join(names)}")
+    opened = opened if opened is not None else task(cards[0].task)(data)
+    request = {
+        "data": str(data),
+        "sha256": opened.folder.fingerprint.sha256,
+        "budget": str(asked),
+        "variant": variant,
+        "precision": precision,
+    }
+    _claim_folder(out, request)
+    result: dict[str, Any] = {
+        "kind": "compare",
+        "title": Path(str(data).removeprefix("pack:")).name,
+        "command": _command(data, names, asked, out, variant, seeds),
+        "created": datetime.now().isoformat(timespec="seconds"),
+        "budget": str(asked),
+        "seed": seeds[0],
+        "hardware": hardware(),
+        "versions": {"paperworks": __version__, **versions()},
+        "data": opened.folder.describe(),
+        "metric": opened.metric,
+        "higher_is_better": opened.higher_is_better,
+        "rows": [],
+        "request": request,
+    }
+    for card in cards:
+        try:
+            row = _paper_row(card, opened, data, out, seeds, variant, precision, asked, costs, watcher)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            log.warning("%s failed:\n%s", card.id, traceback.format_exc())
+            watcher.note(f"{card.id} failed: {_one_line(error)}")
+            row = {"status": "failed", "error": _one_line(error), "metrics": {}, "command": f"paperworks train {card.id} {data}"}
+        result["rows"].append(
+            {
+                "id": card.id,
+                "name": _short(card),
+                "title": card.title,
+                "year": card.year,
+                "kind": "paper",
+                "verdict": verdict(card.id),
+                **row,
+            }
+        )
+        write_json(out / "compare.json", result)
+    for name, predict in opened.baselines().items():
+        metrics, per_image = opened.evaluate(predict)
+        result["rows"].append(
+            {
+                "id": name,
+                "name": BASELINE_NAMES[name],
+                "kind": "baseline",
+                "status": "ok",
+                "metrics": metrics,
+                "per_image": per_image,
+                "cost": {},
+            }
+        )
+    result["recommended"] = recommend(result)
+    result["pictures"] = _pictures(result, opened, out)
+    write_json(out / "compare.json", result)
+    write_report(result, out)
+    return result
+
+
+def _claim_folder(out: Path, request: dict[str, Any]) -> None:
+    path = out / "request.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in request.items():
+            if before.get(key) != value:
+                raise InputError(f"{out} holds a comparison with {key} = {before.get(key)!r}, not {value!r}; take another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no comparison; take another --out")
+    write_json(path, request)
+
+
+def _command(data: str | Path, names: Sequence[str], budget: Budget, out: Path, variant: str, seeds: Sequence[int]) -> str:
+    parts = ["paperworks compare", _quote(str(data)), "--papers", ",".join(names), _budget_option(budget), "--out", _quote(str(out))]
+    parts += ["--variant", variant] if variant != "auto" else []
+    parts += ["--seeds", ",".join(map(str, seeds))] if tuple(seeds) != (0,) else []
+    return " ".join(parts)
+
+
+def _budget_option(budget: Budget) -> str:
+    if budget.seconds is not None:
+        return f"--budget {budget.seconds:g}s"
+    return f"--steps {budget.steps}" if budget.steps is not None else f"--epochs {budget.epochs:g}"
+
+
+def _quote(text: str) -> str:
+    return shlex.quote(text)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300]
+
+
+def _short(card: papers.Card) -> str:
+    return card.title.split(":")[0]
+
+
+def _paper_row(
+    card: papers.Card,
+    data: Any,
+    source: str | Path,
+    out: Path,
+    seeds: Sequence[int],
+    variant: str,
+    precision: str,
+    budget: Budget,
+    costs: bool,
+    watcher: Watcher,
+) -> dict[str, Any]:
+    runs: list[Run] = []
+    for seed in seeds:
+        folder = out / "runs" / (card.id if seed == seeds[0] else f"{card.id}_seed{seed}")
+        chosen = runs[0].request.variant if runs else variant
+        runs.append(
+            fit(
+                card.id,
+                source,
+                folder,
+                variant=chosen,
+                budget=budget.seconds,
+                epochs=budget.epochs,
+                steps=budget.steps,
+                seed=seed,
+                resume=(folder / "run.json").exists(),
+                precision=precision,
+                opened=data,
+                listener=watcher.paper(card.id, seed),
+            )
+        )
+    run = runs[0]
+    record = run.record
+    names = record["metrics"]
+    values = {m: [r.record["metrics"][m] for r in runs] for m in names}
+    cost = {
+        "params": record["parameters"],
+        "train_seconds": record["seconds"],
+        "steps": record["steps"],
+        "samples_per_second": record["samples_per_second"],
+    }
+    if costs:
+        watcher.note(f"{card.id}: measuring cost")
+        cost |= _costs(run, data)
+    return {
+        "variant": record["request"]["variant"],
+        "status": "ok",
+        "error": None,
+        "metrics": {m: fmean(v) for m, v in values.items()},
+        "spread": {m: stdev(v) for m, v in values.items()} if len(seeds) > 1 else None,
+        "seeds": list(seeds),
+        "cost": cost,
+        "curves": _curves(run.folder / "metrics.csv", data.metric),
+        "per_image": record["per_image"],
+        "command": f"paperworks train {card.id} {_quote(str(source))} --variant {record['request']['variant']} {_budget_option(budget)} --seed {seeds[0]} --out RUN",
+        "model": str((run.folder / "model.safetensors").relative_to(out)),
+        "run": str(run.folder.relative_to(out)),
+    }
+
+
+def _costs(run: Run, data: Any) -> dict[str, Any]:
+    """Latency, operations and memory of a run, measured once and kept beside it; the ONNX export is part of it, its failure is not the end."""
+    path = run.folder / "cost.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    network = run.network()
+    deployed = Deployed(network, data.spec).eval()
+    exported: Path | None = run.folder / "model.onnx"
+    extra: dict[str, Any] = {}
+    try:
+        extra["export_error"] = export_run(run, run.folder / "model.onnx", data=data)["relative_error"]
+    except Exception as error:
+        exported = None
+        extra["export_failed"] = _one_line(error)
+    cost = measure(deployed, channels=data.spec.channels, size=tuple(data.spec.size), grid=deployed.grid, onnx_path=exported)
+    kept = {k: cost[k] for k in ("flops", "latency_ms", "peak_memory_mib") if k in cost} | extra
+    write_json(path, kept)
+    return kept
+
+
+def _curves(path: Path, metric: str) -> dict[str, list[float]]:
+    """Loss and validation metric over steps, the loss thinned to at most 200 points by averaging neighbours."""
+    with path.open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    stride = max(1, math.ceil(len(rows) / 200))
+    groups = [rows[i : i + stride] for i in range(0, len(rows), stride)]
+    looked = [r for r in rows if r.get(f"val_{metric}")]
+    return {
+        "step": [float(g[-1]["step"]) for g in groups],
+        "seconds": [float(g[-1]["seconds"]) for g in groups],
+        "loss": [fmean(float(r["loss"]) for r in g) for g in groups],
+        "val_step": [float(r["step"]) for r in looked],
+        "val_seconds": [float(r["seconds"]) for r in looked],
+        "val_metric": [float(r[f"val_{metric}"]) for r in looked],
+    }
+
+
+def recommend(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The cheapest of the papers that are as good as the best as far as the validation images can tell.
+
+    As good: the mean of the paired differences per image is within two standard errors of zero. Cheapest: lowest p50 latency at batch 1
+    of the quickest form, or fewest parameters where latency was not measured. No paper that a baseline beats is recommended.
+    """
+    metric = result["metric"]
+    sign = 1 if result["higher_is_better"] else -1
+    usable = [
+        r for r in result["rows"] if r["kind"] == "paper" and r["status"] == "ok" and math.isfinite(r["metrics"].get(metric, math.nan))
+    ]
+    baseline = max(
+        (sign * r["metrics"][metric] for r in result["rows"] if r["kind"] == "baseline" and math.isfinite(r["metrics"][metric])),
+        default=-math.inf,
+    )
+    usable = [r for r in usable if sign * r["metrics"][metric] > baseline]
+    if not usable:
+        return None
+    best = max(usable, key=lambda r: sign * r["metrics"][metric])
+    equal = [r for r in usable if r is best or _as_good(r, best, metric, sign)]
+    chosen = min(equal, key=_latency)
+    value, top = chosen["metrics"][metric], best["metrics"][metric]
+    cost_en, cost_zh = _cost_words(chosen)
+    if chosen is best and len(equal) == 1:
+        en = f"{chosen['name']} has the highest {metric}, {value:.3f}; the difference to the next is larger than two standard errors over the validation images. {cost_en}"
+        zh = f"{chosen['name']} 的 {metric} 最高（{value:.3f}），与次优者的差距超过验证图像上的两个标准误。{cost_zh}"
+    elif chosen is best:
+        others = "、".join(r["name"] for r in equal if r is not chosen)
+        en = f"{chosen['name']} has the highest {metric}, {value:.3f}, and is the fastest of those that the validation images cannot tell apart from it ({others.replace('、', ', ')}). {cost_en}"
+        zh = f"{chosen['name']} 的 {metric} 最高（{value:.3f}），并且在验证图像无法区分优劣的方法（{others}）中速度最快。{cost_zh}"
+    else:
+        en = f"{chosen['name']} reaches a {metric} of {value:.3f}; {best['name']} has {top:.3f}, which the validation images cannot tell apart (two standard errors), and costs more. {cost_en}"
+        zh = f"{chosen['name']} 的 {metric} 为 {value:.3f}；{best['name']} 为 {top:.3f}，两者之差在验证图像的两个标准误之内，但后者代价更高。{cost_zh}"
+    return {"id": chosen["id"], "reason": {"en": en, "zh": zh}}
+
+
+def _as_good(row: dict[str, Any], best: dict[str, Any], metric: str, sign: int) -> bool:
+    ours = {r["name"]: r[metric] for r in row["per_image"]}
+    theirs = {r["name"]: r[metric] for r in best["per_image"]}
+    differences = [sign * (theirs[n] - ours[n]) for n in ours.keys() & theirs.keys() if math.isfinite(ours[n]) and math.isfinite(theirs[n])]
+    return len(differences) > 1 and fmean(differences) < 2 * stdev(differences) / math.sqrt(len(differences))
+
+
+def _latency(row: dict[str, Any]) -> float:
+    forms = row["cost"].get("latency_ms") or {}
+    times = [f["1"]["p50"] for f in forms.values() if f.get("1")]
+    return min(times) if times else float(row["cost"]["params"])
+
+
+def _cost_words(row: dict[str, Any]) -> tuple[str, str]:
+    cost = row["cost"]
+    millions = cost["params"] / 1e6
+    if not cost.get("latency_ms"):
+        return f"It has {millions:.2f} M parameters.", f"参数量 {millions:.2f} M。"
+    ms = _latency(row)
+    return f"It has {millions:.2f} M parameters and takes {ms:.1f} ms an image.", f"参数量 {millions:.2f} M，每张图像 {ms:.1f} 毫秒。"
+
+
+def _pictures(result: dict[str, Any], data: Any, out: Path) -> list[dict[str, Any]]:
+    """The same validation images for every paper, from the hardest to the easiest by the papers' mean metric."""
+    metric = result["metric"]
+    rows = [r for r in result["rows"] if r["kind"] == "paper" and r["status"] == "ok"]
+    if not rows:
+        return []
+    mean: dict[str, float] = {}
+    for item in data.val:
+        values = [e[metric] for r in rows for e in r["per_image"] if e["name"] == item.name and math.isfinite(e[metric])]
+        if values:
+            mean[item.name] = fmean(values)
+    order = sorted(mean, key=lambda n: mean[n], reverse=not data.higher_is_better)
+    chosen = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(PICTURES, len(order)))]
+    items = {i.name: i for i in data.val}
+    networks = {r["id"]: Deployed(Run.load(out / r["run"]).network(), data.spec).eval() for r in rows}
+    sheets = []
+    for n, name in enumerate(chosen):
+        sample = data.sample(items[name])
+        image, mask = sample["image"].as_subclass(Tensor), sample["mask"].as_subclass(Tensor)
+        sheet: dict[str, Any] = {
+            "name": name,
+            "input": _png(out, f"{n}_input", overlay(image, None)),
+            "truth": _png(out, f"{n}_truth", overlay(image, mask)),
+            "rows": {},
+        }
+        for row in rows:
+            with torch.inference_mode():
+                predicted = predictor(networks[row["id"]], data.spec, networks[row["id"]].grid)(image).argmax(0)
+            sheet["rows"][row["id"]] = {
+                "overlay": _png(out, f"{n}_{row['id']}_overlay", overlay(image, predicted)),
+                "errors": _png(out, f"{n}_{row['id']}_errors", error_map(image, mask, predicted)),
+                metric: next(e[metric] for e in row["per_image"] if e["name"] == name),
+            }
+        sheets.append(sheet)
+    return sheets
+
+
+def _png(out: Path, stem: str, picture: np.ndarray) -> str:
+    with atomic(out / "pictures" / f"{stem}.png") as temporary:
+        PIL.Image.fromarray(picture).save(temporary)
+    return f"pictures/{stem}.png"

@@ -1,0 +1,146 @@
+"""Building and training from Python: ``paperworks.create`` and ``paperworks.fit``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from paperworks import papers
+from paperworks.errors import InputError
+from paperworks.tasks import task
+from paperworks.tasks.base import Spec
+from paperworks.train.budget import Budget, parse_duration
+from paperworks.train.engine import Listener, Positions, make_fabric, make_learner, probe
+from paperworks.train.engine import fit as train
+from paperworks.train.run import Request, Run, configure
+
+SEEN_ENOUGH = 8
+"""``--variant auto`` takes the largest variant that sees the training set at least so many times within the budget."""
+
+
+def create(
+    name: str, *, variant: str, channels: int = 3, classes: int = 2, size: tuple[int, ...] | None = None, **settings: Any
+) -> nn.Module:
+    """Build a paper's network with fresh weights.
+
+    Args:
+        name: the paper's id.
+        variant: one of the paper's named variants.
+        channels: of the images.
+        classes: how many; the background counts.
+        size: a typical height and width (depth first for volumes), for networks that ask for it.
+        **settings: fields of the paper's configuration.
+
+    Example:
+        >>> import paperworks
+        >>> network = paperworks.create("unet", variant="small", channels=1, classes=2)
+    """
+    paper, config, _ = configure(name, variant, settings)
+    ndim = getattr(config, "ndim", 2)
+    spec = Spec(
+        task=papers.card(name).task,
+        channels=channels,
+        classes=tuple(f"class {i}" for i in range(classes)),
+        size=size or (256,) * ndim,
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+    )
+    return paper.build(spec, config)
+
+
+def fit(
+    name: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    variant: str = "auto",
+    budget: str | float | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    workers: int = 0,
+    devices: int = 1,
+    nodes: int = 1,
+    precision: str = "auto",
+    limit: int | None = None,
+    opened: Any = None,
+    listener: Listener | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Run:
+    """Train a paper on a folder of data; ``out`` becomes the run folder.
+
+    Args:
+        name: the paper's id.
+        data: a folder, an annotation file or ``pack:NAME``.
+        out: where the run goes.
+        variant: a named one, or ``auto``: the largest that sees the data often enough within the budget.
+        budget: seconds, or a text like ``90s`` or ``10m``.
+        epochs: instead of a budget.
+        steps: instead of a budget.
+        seed: decides initial weights, order and augmentation.
+        resume: go on with the run in ``out``.
+        workers: processes that read and augment.
+        devices: processes or GPUs on this machine.
+        nodes: machines, under torchrun or SLURM.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        limit: train on the first so many items only.
+        opened: the data set, when the caller has opened it already.
+        listener: is told of each step.
+        settings: fields of configuration and recipe to change.
+    """
+    seconds = parse_duration(budget) if isinstance(budget, str) else budget
+    asked = Budget(seconds=seconds, steps=steps, epochs=epochs)
+    settings = settings or {}
+    if resume and variant == "auto" and (Path(out) / "run.json").exists():
+        variant = Run.load(out).request.variant
+    opened = opened if opened is not None else task(papers.card(name).task)(data)
+    if variant == "auto":
+        variant = choose_variant(name, opened, asked, settings, seed)
+    request = Request(
+        paper=name,
+        data=str(data),
+        variant=variant,
+        settings=settings,
+        budget={"seconds": asked.seconds, "steps": asked.steps, "epochs": asked.epochs},
+        seed=seed,
+        limit=limit,
+        precision=precision,
+        devices=devices,
+        nodes=nodes,
+    )
+    return train(request, out, data=opened, resume=resume, workers=workers, listener=listener)
+
+
+def choose_variant(
+    name: str, data: Any, budget: Budget, settings: dict[str, Any], seed: int, *, told: Callable[[str, float, float], None] | None = None
+) -> str:
+    """The largest of the paper's ``auto`` variants that sees the data often enough within the budget, by measured step times.
+
+    Without a budget in time, or on a GPU, where all of them are quick, time decides nothing: the largest is taken.
+    """
+    candidates = papers.paper(name).auto
+    if not candidates:
+        raise InputError(f"{name} has no variants to choose from by itself; name one with --variant")
+    if budget.seconds is None:
+        return candidates[0]
+    fabric = make_fabric(Request(paper=name, data="", variant=candidates[0], budget={"steps": 1}, seed=seed))
+    chosen = candidates[0]
+    for variant in candidates:
+        paper, config, recipe = configure(name, variant, settings)
+        learner = make_learner(fabric, paper, config, recipe, data, seed)
+        prepare = paper.prepare(config) if paper.prepare else None
+        dataset = Positions(data, recipe, learner.network.grid, prepare, seed, None)  # type: ignore[arg-type]
+        seconds = probe(fabric, learner, dataset, steps=4)
+        seen = budget.seconds / seconds * recipe.batch_size / len(data.train)
+        if told:
+            told(variant, seconds, seen)
+        if variant != chosen and seen < SEEN_ENOUGH:
+            break
+        chosen = variant
+        if seen < SEEN_ENOUGH:
+            break
+    return chosen

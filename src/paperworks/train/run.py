@@ -1,0 +1,159 @@
+"""The run folder: what was asked, what came out, and the trained network, all in one place.
+
+``run.json`` (request, plan, versions, metrics), ``metrics.csv``, ``checkpoints/``, ``model.safetensors``, ``pictures/``, ``log.txt``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from paperworks import papers
+from paperworks.errors import InputError
+from paperworks.files import atomic, write_json
+from paperworks.tasks.base import Paper, Recipe, Spec, override
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a person asks of a training. Everything that decides the result is here or in the data."""
+
+    paper: str
+    data: str
+    variant: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, float | int | None]
+    seed: int = 0
+    limit: int | None = None
+    """Train on the first so many items only."""
+    precision: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+
+
+def configure(name: str, variant: str, settings: Mapping[str, Any]) -> tuple[Paper, Any, Recipe]:
+    """A paper with its configuration and recipe after ``settings``.
+
+    Raises:
+        InputError: no such variant or setting.
+    """
+    paper = papers.paper(name)
+    if variant not in paper.variants:
+        raise InputError(f"{name} has no variant {variant!r}; there are {', '.join(paper.variants)}")
+    known = {f.name for f in dataclasses.fields(paper.variants[variant])}
+    try:
+        (config,) = override({k: v for k, v in settings.items() if k.partition(".")[0] in known}, paper.variants[variant])
+        _, recipe = override({k: v for k, v in settings.items() if k.partition(".")[0] not in known}, config, paper.recipe(config))
+    except ValueError as error:
+        raise InputError(f"--set: {error}") from None
+    return paper, config, recipe
+
+
+@dataclass
+class Run:
+    """A run folder on the disk."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Read a run's record.
+
+        Raises:
+            InputError: the folder holds no run of ours.
+        """
+        path = Path(folder) / "run.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{folder} holds no run (no run.json); give the folder that `paperworks train` named") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise InputError(f"{path} cannot be read ({error}); train again or restore it") from None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise InputError(f"{path} is not a run record of format {FORMAT}; it was written by another program or version")
+        return cls(Path(folder), record)
+
+    def save(self) -> None:
+        """Write ``run.json`` atomically."""
+        write_json(self.folder / "run.json", self.record)
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return Request(**self.record["request"])
+
+    @property
+    def spec(self) -> Spec:
+        """What the network was built for."""
+        return read_spec(self.record["spec"])
+
+    @property
+    def finished(self) -> bool:
+        """Training reached its planned end."""
+        return self.record["state"] == "finished"
+
+    def network(self) -> nn.Module:
+        """The trained network in evaluation mode.
+
+        Raises:
+            InputError: the weights are missing, broken, not finite or of another network.
+        """
+        request = self.request
+        paper, config, _ = configure(request.paper, request.variant, request.settings)
+        network = paper.build(self.spec, config)
+        load_weights(network, self.folder / "model.safetensors")
+        return network.eval()
+
+
+def read_spec(record: Mapping[str, Any]) -> Spec:
+    """A ``Spec`` from JSON, whose lists become tuples again."""
+    return Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """State dict as safetensors, written to a temporary name, synced and renamed."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    with atomic(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors))
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Fill ``network`` from a safetensors file, after names, shapes and values have been checked. Nothing is unpickled.
+
+    Raises:
+        InputError: the file is missing, no safetensors, of another network or holds NaN.
+    """
+    try:
+        tensors = safetensors.torch.load(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; the run has no trained model yet, finish it with `paperworks train ... --resume`") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is no readable safetensors file ({error}); only safetensors are loaded, never pickles") from None
+    check_state(network, tensors, path)
+    network.load_state_dict(tensors)
+
+
+def check_state(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a state dict that is not this network's, naming the first difference."""
+    own = network.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors:
+            raise InputError(f"{path} lacks {name}: it belongs to another network or variant")
+        if name not in own:
+            raise InputError(f"{path} holds {name}, which this network does not have: it belongs to another network or variant")
+        if own[name].shape != tensors[name].shape:
+            raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)} where the network has {tuple(own[name].shape)}")
+        if tensors[name].is_floating_point() and not torch.isfinite(tensors[name]).all():
+            raise InputError(f"{path}: {name} holds NaN or infinity; the file is broken or the training diverged")
