@@ -304,7 +304,7 @@ def brute_force(instances: np.ndarray, w0: float, sigma: float) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize(("seed", "w0", "sigma"), [(0, 10, 5), (1, 10, 5), (2, 3, 1.5), (3, 10, 0.7)])
+@pytest.mark.parametrize(("seed", "w0", "sigma"), [(0, 10.0, 5.0), (1, 10.0, 5.0), (2, 3.0, 1.5), (3, 10.0, 0.7)])
 def test_border_weights_equal_brute_force(seed, w0, sigma, evidence):
     labels = cells(seed)
     labels[labels == 2] = 40  # numbers need not be consecutive
@@ -393,7 +393,7 @@ def test_components_stand_in_for_instances():
     after = Labels(VARIANTS["paper"])(sample(labels, instances=False))
     assert "instances" not in after
     assert torch.equal(after["mask"] > 0, torch.from_numpy(labels > 0))
-    expected = class_balance((labels > 0).astype(np.int64)) + brute_force(parts, 10, 5)
+    expected = class_balance((labels > 0).astype(np.int64)) + brute_force(parts, 10.0, 5.0)
     assert np.abs(after["weight"].numpy() - expected).max() < 1e-5
     two = np.array([[1, 1, 2, 2, 0, 1, 255]])
     assert components(two).tolist() == [[1, 1, 3, 3, 0, 2, 0]]
