@@ -14,9 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from paperworks.errors import InputError
 from paperworks.papers.segmentation.attention_unet.attention_unet import (
-    PAPER,
     VARIANTS,
     AttentionGate,
     AttentionUNet,
@@ -24,7 +22,6 @@ from paperworks.papers.segmentation.attention_unet.attention_unet import (
     dice_loss,
     sorensen_dice,
 )
-from paperworks.tasks.base import Spec
 
 TOLERANCE = 1e-4
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "attention_unet.json").read_text())
@@ -76,9 +73,9 @@ def relative(ours: torch.Tensor, expected: list[float]) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
-def network(config: Config, channels: int = 1, classes: int = 2) -> AttentionUNet:
+def network(config: Config, channels: int = 1, classes: int = 2, ndim: int = 2) -> AttentionUNet:
     torch.manual_seed(0)
-    return AttentionUNet(channels, classes, config).eval()
+    return AttentionUNet(channels, classes, config, ndim).eval()
 
 
 # --- Parameter counts
@@ -90,7 +87,7 @@ def network(config: Config, channels: int = 1, classes: int = 2) -> AttentionUNe
 )
 def test_parameter_counts_of_the_official_networks(config, expected):
     with torch.device("meta"):
-        net = AttentionUNet(1, 4, config)
+        net = AttentionUNet(1, 4, config, ndim=3)
     assert sum(p.numel() for p in net.parameters()) == expected
 
 
@@ -99,7 +96,7 @@ def test_parameter_counts_of_the_official_networks(config, expected):
 
 @pytest.mark.parametrize(("official", "gates"), [("unet_CT_single_att_dsv_3D", 1), ("unet_CT_multi_att_dsv_3D", 2), ("unet_CT_dsv_3D", 0)])
 def test_outputs_equal_the_official_network(evidence, official, gates):
-    net = network(Config(widths=SCALE_16, gates=gates), classes=3)
+    net = network(Config(widths=SCALE_16, gates=gates), classes=3, ndim=3)
     fill(net)
     image, golden = draw("image", tuple(FIXTURE["input"])), FIXTURE["networks"][official]
     with torch.inference_mode():
@@ -138,7 +135,7 @@ def test_a_gate_at_equal_resolution_is_another_network():
 
 
 def test_alpha_lies_between_zero_and_one(evidence):
-    net = network(Config(ndim=2, widths=SCALE_16, gates=2))
+    net = network(Config(widths=SCALE_16, gates=2))
     fill(net)
     with torch.inference_mode():
         out = net(5 * torch.randn(2, 1, 64, 48))
@@ -244,14 +241,8 @@ def test_loss_leaves_ignored_pixels_out():
     torch.testing.assert_close(sorensen_dice(logits, cut), sorensen_dice(logits[..., :3], target[..., :3]))
 
 
-@pytest.mark.parametrize(("config", "size"), [(VARIANTS["test"], (32, 48)), (replace(VARIANTS["test"], ndim=3, gates=2), (16, 32, 16))])
+@pytest.mark.parametrize(("config", "size"), [(VARIANTS["test"], (32, 48)), (replace(VARIANTS["test"], gates=2), (16, 32, 16))])
 def test_every_parameter_learns(config, size):
-    net = network(config).train()
+    net = network(config, ndim=len(size)).train()
     dice_loss(net(torch.rand(2, 1, *size)), {"mask": torch.randint(0, 2, (2, *size))})["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
-
-
-def test_wrong_number_of_axes_is_said_in_one_line():
-    spec = Spec(task="segmentation", channels=1, classes=("a", "b"), size=(64, 64), mean=(0.5,), std=(0.2,))
-    with pytest.raises(InputError, match="images .* volumes; take one of 2d, small, test"):
-        PAPER.build(spec, VARIANTS["paper"])

@@ -32,18 +32,18 @@ def randomise(module: nn.Module) -> None:
     """Weights at a scale that keeps the signal alive to the deepest node, and batch norms that are far from the identity."""
     he_init(module)
     for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d)):
             nn.init.normal_(m.running_mean, std=0.2)
             nn.init.uniform_(m.running_var, 0.5, 2)
             nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.normal_(m.bias, std=0.2)
-        elif isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) and m.bias is not None:
+        elif isinstance(m, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)) and m.bias is not None:
             nn.init.normal_(m.bias, std=0.2)
 
 
-def network(config: Config, channels: int = 1, classes: int = 3) -> UNetPlusPlus:
+def network(config: Config, channels: int = 1, classes: int = 3, ndim: int = 2) -> UNetPlusPlus:
     torch.manual_seed(0)
-    net = UNetPlusPlus(channels, classes, config).eval()
+    net = UNetPlusPlus(channels, classes, config, ndim).eval()
     randomise(net)
     return net
 
@@ -80,23 +80,23 @@ def monai_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_all_heads_equal_monai(evidence, norm):
+@pytest.mark.parametrize(("norm", "size"), [(True, (48, 32)), (False, (48, 32)), (True, (16, 16, 32))])
+def test_all_heads_equal_monai(evidence, norm, size):
     widths = (8, 8, 16, 32, 64)  # MONAI's up-sampling halves the channels but on the top row, which fits these
-    ours = network(Config(widths=widths, norm=norm, dropout=0.0))
+    ours = network(Config(widths=widths, norm=norm, dropout=0.0), ndim=len(size))
     theirs = BasicUNetPlusPlus(
-        2, 1, 3, (*widths, widths[0]), deep_supervision=True, act="relu", norm="batch" if norm else None, bias=not norm
+        len(size), 1, 3, (*widths, widths[0]), deep_supervision=True, act="relu", norm="batch" if norm else None, bias=not norm
     ).eval()
     randomise(theirs)
     ours.load_state_dict(monai_names(theirs.state_dict()))
-    image = torch.rand(2, 1, 48, 32)
+    image = torch.rand(2, 1, *size)
     with torch.inference_mode():
         expected = torch.stack(theirs(image))
         error = relative(ours(image)["heads"], expected)
         assert error < TOLERANCE
         ours.up["1_2"].weight.mul_(1.02)  # a perturbed weight is seen
         assert relative(ours(image)["heads"], expected) > TOLERANCE
-    evidence.fidelity(against=f"MONAI {monai.__version__} BasicUNetPlusPlus, {'batch norm' if norm else 'no norm'}", error=error)
+    evidence.fidelity(against=f"MONAI {monai.__version__} BasicUNetPlusPlus, {len(size)}-D, norm {norm}", error=error)
 
 
 def test_nested_wiring_equals_smp(evidence):
