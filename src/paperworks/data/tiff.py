@@ -102,7 +102,7 @@ def write_tiff(path: Path, rows: Iterable[np.ndarray], height: int, width: int, 
                 shape=(height, width, *depth),
                 dtype=dtype,
                 tile=(TILE, TILE),
-                compression="deflate",
+                compression="zlib",
                 photometric="minisblack",
                 planarconfig="contig" if depth else None,
             )

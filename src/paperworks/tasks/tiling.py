@@ -180,3 +180,10 @@ def predict_tiff(
         if probabilities and spool is not None:
             parts = (spool[top : top + TILE] for top in range(0, height, TILE))
             write_tiff(probabilities, parts, height, width, np.float16, channels=spool.shape[2])
+
+
+def padded(image: Float[Tensor, "C H W"], grid: Grid) -> Float[Tensor, "C h w"]:
+    """The image mirrored to the smallest valid input whose output covers it; the output begins at the image's first pixel."""
+    _, height, width = image.shape
+    down, across = (mirrored(-grid.margin, grid.fit(n), n) for n in (height, width))
+    return image.index_select(1, down).index_select(2, across)
