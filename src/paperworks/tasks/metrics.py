@@ -70,8 +70,8 @@ class SegmentationScores:
         if self.instances:
             if instances is None:
                 raise ValueError(f"{name}: objects are to be scored, but there is no map of instances")
-            objects = components(guess, n, self.background)
-            counts["objects"] = object_counts(objects * valid, instances.cpu().numpy() * valid)
+            objects = components(np.where(valid, guess, -1), n, self.background)  # nor do ignored pixels join objects
+            counts["objects"] = object_counts(objects, instances.cpu().numpy() * valid)
         self._names.append(name)
         self._counts.append(counts)
 
