@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -52,24 +52,27 @@ class Annotations:
         return classes, numbers
 
     def _region(self, key: tuple[Path, int], entry: dict[str, Any], height: int, width: int) -> np.ndarray:
-        outline = entry.get("segmentation")
+        outline: Any = entry.get("segmentation")
         where = f"{key[0]}: annotation {entry.get('id')}"
         try:
             if isinstance(outline, list):
                 outline = [outline] if outline and isinstance(outline[0], int | float) else outline
                 if not outline or any(len(p) < 6 or len(p) % 2 for p in outline):
                     raise InputError(f"{where} has a polygon without three corners; draw it again or remove it")
-                # Drawn in float64; points outside the image are cut off by pycocotools.
-                coded = rle.merge(rle.frPyObjects([[float(v) for v in p] for p in outline], height, width))
+                corners = [[float(v) for v in p] for p in outline]
+                # pycocotools walks along every edge, pixel by pixel, also where it is far outside.
+                if not all(abs(v) <= 10 * max(height, width) for p in corners for v in p):
+                    raise InputError(f"{where} has corners far outside its image; correct or remove it")
+                coded = rle.merge(rle.frPyObjects(cast(Any, corners), height, width))
             elif isinstance(outline, dict):
                 if list(outline["size"]) != [height, width]:
                     raise InputError(f"{where} is {outline['size']} large and its image {[height, width]}; export it again")
-                coded = rle.frPyObjects(outline, height, width) if isinstance(outline["counts"], list) else outline
+                coded = rle.frPyObjects(cast(Any, outline), height, width) if isinstance(outline["counts"], list) else outline
                 if isinstance(outline["counts"], list) and sum(outline["counts"]) != height * width:
                     raise InputError(f"{where} has run lengths that do not add up to its size; export it again")
             else:
                 raise InputError(f"{where} has a box and no outline; add one or remove it")
-            return rle.decode(coded).astype(bool)
+            return rle.decode(cast(Any, coded)).astype(bool)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise InputError(f"{where} has an outline that cannot be read ({' '.join(str(error).split())[:80]}); export it again") from None
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from paperworks.data.labels import IGNORE, MANY_DEEP, Coding, Values
+from paperworks.data.labels import IGNORE, MANY, MANY_DEEP, Coding, Values
 from paperworks.errors import InputError
 from paperworks.files import write_json
 
@@ -56,12 +56,13 @@ class Fingerprint:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Fingerprint:
         """The inverse of ``dataclasses.asdict``, also after JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        return cls(**values)
 
 
 @dataclass
 class Scan:
-    """What one item is: filled in by ``scan``, summed up by ``summarise``."""
+    """What one item is; summed up by ``summarise`` and ``label_statistics``."""
 
     size: tuple[int, int]
     dtype: str
@@ -76,9 +77,12 @@ class Scan:
     digest: str
     values: Values | None = None
     objects: int = 0
+    outside: int = 0
+    """Pixels outside the region whose labels count."""
 
     @property
     def channels(self) -> int:
+        """As the file has them."""
         return len(self.total)
 
 
@@ -105,22 +109,24 @@ def scan_image(array: np.ndarray, bit_depth: int, digest: str, samples: int) -> 
     return Scan((array.shape[0], array.shape[1]), array.dtype.name, bit_depth, maximum, total, squares, kept, digest)
 
 
-def scan_mask(raw: np.ndarray) -> Values:
-    """Values and their pixels; where there are many, in how many pieces each is."""
+def scan_mask(raw: np.ndarray, inside: np.ndarray | None = None) -> Values:
+    """Values and their pixels (where ``inside``); where there are many, in how many pieces each is."""
+    counted = raw.ravel() if inside is None else raw[inside]
     if raw.dtype == np.uint8:
-        counts = np.bincount(raw.ravel(), minlength=256)
+        counts = np.bincount(counted, minlength=256)
         present = np.flatnonzero(counts)
         found = dict(zip(present.tolist(), counts[present].tolist()))
     else:
-        values, counts = np.unique(raw, return_counts=True)
+        values, counts = np.unique(counted, return_counts=True)
         found = dict(zip(values.tolist(), counts.tolist()))
     regions = whole = 0
-    if MANY_DEEP < len(found) <= 65536 and min(found) >= 0 and max(found) < 1 << 24:
-        numbers = np.unique(raw, return_inverse=True)[1].reshape(raw.shape).astype(np.int32)
-        numbers += 0 if 0 in found else 1
+    if (MANY if raw.dtype == np.uint8 else MANY_DEEP) < len(found) <= 65536 and min(found) >= 0 and max(found) < 1 << 24:
+        present, numbers = np.unique(raw, return_inverse=True)
+        numbers = numbers.reshape(raw.shape).astype(np.int32) + int(present[0] != 0)
         for label, where in enumerate(ndimage.find_objects(numbers), start=1):
             regions += 1
-            whole += ndimage.label(numbers[where] == label, np.ones((3, 3)))[1] == 1
+            pieces: Any = ndimage.label(numbers[where] == label, np.ones((3, 3)))
+            whole += pieces[1] == 1
     return Values(found, 8 * raw.dtype.itemsize, regions, whole)
 
 
@@ -151,7 +157,7 @@ def samples_per_image(images: int) -> int:
 
 def summarise(scans: Sequence[Scan], channels: int, spacing: tuple[float, ...] | None, said: str) -> Fingerprint:
     """The fingerprint of the images; ``label_statistics`` are what the labels add."""
-    heights, widths = (np.array([s.size[i] for s in scans]) for i in (0, 1))
+    heights, widths = np.array([s.size[0] for s in scans]), np.array([s.size[1] for s in scans])
     dtype = scans[0].dtype
     if is_float(dtype):
         low, high, mean, std = _float_range(scans, channels)
@@ -159,8 +165,8 @@ def summarise(scans: Sequence[Scan], channels: int, spacing: tuple[float, ...] |
         maximum = max(s.maximum for s in scans)
         low, high = 0.0, 255.0 if dtype == "uint8" else float(next(d for d in _DEPTHS if d >= maximum))
         pixels = float((heights * widths).sum())
-        total = sum(_spread(s.total, channels) for s in scans)
-        squares = sum(_spread(s.squares, channels) for s in scans)
+        total = np.sum([_spread(s.total, channels) for s in scans], axis=0)
+        squares = np.sum([_spread(s.squares, channels) for s in scans], axis=0)
         mean = total / pixels / high
         std = np.sqrt(np.maximum(squares / pixels / high**2 - mean**2, 0))
     content = hashlib.sha256("\n".join([*sorted(s.digest for s in scans), said]).encode()).hexdigest()
@@ -194,6 +200,7 @@ def label_statistics(scans: Sequence[Scan], coding: Coding) -> dict[str, Any]:
             else:
                 here[index] += count
         pixels += here
+        ignored += scan.outside
         images += here > 0
         objects.append(scan.objects)
     counted = float(pixels.sum())

@@ -368,7 +368,8 @@ def _scan(item: Item, reader: _Reader, samples: int) -> Scan:
     if item.mask is not None:
         raw = reader.raw(item)
         same_size(raw, item.mask)
-        scan.values = scan_mask(raw if inside is None else raw[inside][None])
+        scan.values = scan_mask(raw, inside)
+        scan.outside = 0 if inside is None else int(inside.size - inside.sum())
     elif item.coco is not None and reader.notes is not None:
         stated = reader.notes.sizes[item.coco]
         if stated != (height, width):
@@ -419,7 +420,7 @@ def _alike(items: Sequence[Item], scans: dict[str, Scan], problems: list[Problem
 def _coding(root: Path, found: Found, reader: _Reader, scans: dict[str, Scan], bad: set[str]) -> Coding:
     if reader.notes is not None:
         names = reader.notes.names
-        return Coding(reader.notes.masks, names, tuple((i, i) for i in range(len(names))) + ((IGNORE, IGNORE),), "categories by id")
+        return Coding(reader.notes.masks, names, (*((i, i) for i in range(len(names))), (IGNORE, IGNORE)), "categories by id")
     masks = [s.values for i in found.items if i.name not in bad and (s := scans.get(i.name)) and s.values]
     if not masks:
         return Coding(False, (), (), "no labels")

@@ -324,17 +324,14 @@ def _decode_mask(path: Path, max_pixels: int | None) -> np.ndarray:
         return np.array(image if image.mode in ("RGB", "RGBA", "LA", "I") else image.convert("RGB"))
 
 
-def _decode_tiff(path: Path, max_pixels: int | None) -> tuple[np.ndarray, tifffile.TiffPage | tifffile.TiffFrame]:
+def _decode_tiff(path: Path, max_pixels: int | None) -> tuple[np.ndarray, tifffile.TiffPage]:
     with tifffile.TiffFile(path) as tiff:
         header, axes = _tiff_layout(tiff)
         series, page = tiff.series[0], tiff.series[0].keyframe
         _one_frame(path, header.frames)
         mapped = series.dataoffset is not None and page.is_memmappable and series.nbytes >= _MAP_FROM
         _check_pixels(path, header.height, header.width, max_pixels or (MAX_MAPPED if mapped else MAX_DECODED))
-        if mapped:
-            array = np.memmap(path, dtype=tiff.byteorder + page.dtype.char, mode="r", offset=series.dataoffset, shape=series.shape)  # type: ignore[union-attr]
-        else:
-            array = series.asarray()
+        array = tifffile.memmap(path, mode="r") if mapped else series.asarray()
     array = array.reshape([n for a, n in zip(series.axes, series.shape) if n > 1 or a in "YX"])
     if axes[-2:] == "YX" and len(axes) == 3:  # planes: S Y X or C Y X
         array = np.moveaxis(array, 0, -1)

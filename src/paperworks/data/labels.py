@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ INSTANCE_FOLDERS = frozenset({"instances", "instance", "instance_masks", "instan
 VOID = frozenset({"unlabelled", "unlabeled", "void", "ignore", "ignored", "unknown", "don't care"})
 """Names of a class, not the first, that means that a pixel does not count."""
 
-_MANY = 24  # more labels than this in 8-bit files are objects, if each is in one piece
+MANY = 24
+"""More labels than this in 8-bit files are objects, if each is in one piece."""
 MANY_DEEP = 8
 """The same for 16 and 32 bits, which nobody needs for a few classes; from here on the pieces of each label are counted."""
 _CLASS_LIMIT = 64  # more different values than this, with no names given, are a picture and not labels
@@ -94,7 +96,7 @@ def read_settings(root: Path) -> Settings:
 
 def _classes_json(path: Path) -> dict[str, Any]:
     """A list of names; {name: index} or {index: name}; or {"classes": list of names or of {"name", "color"}, "ignore": value}."""
-    content = read_json(path)
+    content: Any = read_json(path)
     said: dict[str, Any] = {}
     if isinstance(content, dict) and "classes" in content:
         said = {key: content[key] for key in ("ignore", "colors") if key in content}
@@ -163,7 +165,7 @@ class Values:
     bits: int
     """Bits per value in the file."""
     regions: int = 0
-    """Values other than 0 whose pieces were counted (only where there are more than ``MANY_DEEP`` of them)."""
+    """Values other than 0 whose pieces were counted (only where there are more than ``MANY`` or ``MANY_DEEP`` of them)."""
     whole: int = 0
     """Those of them that are in one piece."""
 
@@ -201,7 +203,7 @@ class Coding:
         return dict(self.codes).get(value, 1 if self.instances else IGNORE)
 
     def _map(self, raw: np.ndarray, other: int) -> np.ndarray:
-        codes = {v: c for v, c in self.codes}
+        codes = dict(self.codes)
         if raw.dtype in (np.uint8, np.uint16):
             table = np.full(1 << (8 * raw.dtype.itemsize), other, np.uint8)
             for value, index in codes.items():
@@ -243,7 +245,7 @@ def _are_objects(masks: Sequence[Values], settings: Settings, values: Sequence[i
     """Many labels, and nearly each of them in one piece: objects."""
     if settings.classes is not None and len(settings.classes) > 2:
         return False
-    limit = _MANY if max((m.bits for m in masks), default=8) <= 8 else MANY_DEEP
+    limit = MANY if max((m.bits for m in masks), default=8) <= 8 else MANY_DEEP
     regions = sum(m.regions for m in masks)
     return len(values) > limit and max(values) < COLOUR and regions > 0 and sum(m.whole for m in masks) >= 0.9 * regions
 
@@ -285,7 +287,7 @@ def _named(values: Sequence[int], names: tuple[str, ...], ignore: set[int], defa
     seen = [v for v in values if v not in ignore]
     if len(names) == 2 and seen and set(seen) <= {0, 255}:
         return Coding(False, names, ((0, 0), (255, 1)), "0 and 255")
-    steps = [b - a for a, b in zip(seen, seen[1:])]
+    steps = [b - a for a, b in pairwise(seen)]
     if len(seen) == len(names) and steps and min(steps) >= 16:
         codes = {v: i for i, v in enumerate(seen)} | dict.fromkeys(ignore, IGNORE)
         return Coding(False, names, tuple(sorted(codes.items())), "grey values in their order")
@@ -318,7 +320,7 @@ def _unnamed(masks: Sequence[Values], values: Sequence[int], ignore: set[int], w
         codes = {v: c for c, v in enumerate(codes)} | {255: IGNORE} | dict(ignored)
         names = tuple("background" if v == 0 else f"class {v}" for v, c in codes.items() if c != IGNORE)
         return Coding(False, names, tuple(sorted(codes.items())), "class numbers")
-    if min(b - a for a, b in zip(seen, seen[1:])) >= 16:
+    if min(b - a for a, b in pairwise(seen)) >= 16:
         codes = {v: i for i, v in enumerate(seen)} | dict(ignored)
         return Coding(
             False, tuple("background" if v == 0 else f"grey {v}" for v in seen), tuple(sorted(codes.items())), "grey values in their order"

@@ -75,10 +75,7 @@ def _by_hash(items: list[Item]) -> list[Item]:
     draw = {key: _draw(key) for key in sorted({i.group or i.name for i in free}, key=_draw)}
     val = {key for key, x in draw.items() if x < SHARE}
     keys = list(draw)
-    if len(keys) > 1:
-        val = (val | {keys[0]}) - {keys[-1]}
-    else:
-        val = set()
+    val = (val | {keys[0]}) - {keys[-1]} if len(keys) > 1 else set()
     return [i if i.split == "test" else dataclasses.replace(i, split="val" if (i.group or i.name) in val else "train") for i in items]
 
 
