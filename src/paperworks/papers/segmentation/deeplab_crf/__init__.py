@@ -1,0 +1,1 @@
+"""DeepLab v1: the hole algorithm and the fully connected CRF."""
