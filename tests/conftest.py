@@ -48,3 +48,27 @@ def evidence(request: pytest.FixtureRequest):
             store.code_hash(card.folder / f"{card.id}.py"),
             {"oracles": collected.against, "properties": collected.properties},
         )
+
+
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twelve grey images of bright discs on a noisy ground, with masks and a split."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("blobs")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:48, :48]
+    for folder in ("images", "masks"):
+        (root / folder).mkdir()
+    names = [f"disc {i:02d}" for i in range(12)]
+    for name in names:
+        cy, cx, r = rng.uniform(14, 34, 2).tolist() + [rng.uniform(6, 12)]
+        disc = (y - cy) ** 2 + (x - cx) ** 2 < r**2
+        image = (60 + 90 * disc + rng.normal(0, 15, disc.shape)).clip(0, 255)
+        Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"{name}.png")
+        Image.fromarray((255 * disc).astype(np.uint8)).save(root / "masks" / f"{name}.png")
+    (root / "splits.json").write_text(json.dumps({"train": names[:8], "val": names[8:]}))
+    return root

@@ -29,6 +29,7 @@ from paperworks import __version__, papers
 from paperworks.data.augment import mirrored
 from paperworks.errors import InputError
 from paperworks.files import atomic
+from paperworks.nn.fuse import fused
 from paperworks.tasks.base import Grid
 from paperworks.tasks.environment import interleaved, summary
 from paperworks.tasks.segmentation import Deployed, predictor
@@ -126,7 +127,7 @@ def export_onnx(
     module = deepcopy(module).cpu().float().eval().requires_grad_(False)
     samples = [image.detach().cpu().float() for image in sample_images]
     metadata = {"version": __version__, "grid": json.dumps(dataclasses.asdict(grid)), "spec": spec_json, "precision": "float32", **names}
-    program = _trace(module, samples[0], grid, opset)
+    program = _trace(fused(module), samples[0], grid, opset)
     program.model.metadata_props.update({PREFIX + key: value for key, value in metadata.items()})
     with atomic(path) as temporary:
         try:

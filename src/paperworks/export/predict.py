@@ -22,7 +22,7 @@ from paperworks.export.onnx import load_onnx
 from paperworks.files import atomic
 from paperworks.nn.fuse import fast
 from paperworks.tasks.base import Grid, Refiner, Spec, override
-from paperworks.tasks.drawing import PALETTE, overlay
+from paperworks.tasks.drawing import colour, overlay
 from paperworks.tasks.segmentation import Deployed
 from paperworks.tasks.tiling import predict_array, predict_slabs
 from paperworks.train.run import Run, read_spec
@@ -65,10 +65,10 @@ def load_model(source: str | Path) -> Model:
     if not path.is_dir():
         raise InputError(f"{path} is neither a run folder nor an .onnx file" + ("" if path.exists() else " (it does not exist)"))
     run = Run.load(path)
-    deployed = fast(Deployed(run.network(), run.spec))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    deployed = deployed.to(device)
-    return Model(path, run.spec, deployed.grid, lambda image: deployed(image.to(device).contiguous(memory_format=torch.channels_last)))
+    network = run.network()
+    deployed = fast(Deployed(network, run.spec)).to(device)
+    return Model(path, run.spec, grid_of(network), lambda image: deployed(image.to(device).contiguous(memory_format=torch.channels_last)))
 
 
 def build_refiner(name: str, settings: Mapping[str, Any]) -> Refiner:
@@ -179,12 +179,12 @@ def _predict_file(
         write_tiff(_beside(mask, ".probabilities.tif"), rows, header.height, header.width, np.float16, classes)
     if overlays:
         with atomic(_beside(mask, ".overlay.png")) as temporary:
-            PIL.Image.fromarray(overlay(picture, torch.from_numpy(labels))).save(temporary)
+            PIL.Image.fromarray(overlay(picture, torch.from_numpy(labels), classes)).save(temporary)
     if mask.suffix == ".tif":
         write_tiff(mask, iter([labels]), header.height, header.width, np.uint8)
     else:
         coloured = PIL.Image.fromarray(labels, "L")
-        coloured.putpalette(np.asarray(PALETTE, dtype=np.uint8).tobytes())
+        coloured.putpalette([part for index in range(classes) for part in colour(index)])
         with atomic(mask) as temporary:
             coloured.save(temporary)
 

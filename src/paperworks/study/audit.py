@@ -136,8 +136,10 @@ def plain_batch(network: nn.Module, channels: int, classes: int, ndim: int = 2, 
     """A batch of noise with labels, of a size that the network takes."""
     import torch
 
+    from paperworks.tasks.base import grid_of
+
     generator = torch.Generator().manual_seed(0)
-    side = network.grid.fit(size)  # type: ignore[union-attr, operator]
+    side = grid_of(network).fit(size)
     shape = (batch, *(side,) * ndim)
     mask = torch.randint(0, classes, shape, generator=generator)
     return {

@@ -31,7 +31,7 @@ from paperworks.study.audit import verdict
 from paperworks.study.measure import measure
 from paperworks.study.report import write_report
 from paperworks.tasks import task
-from paperworks.tasks.drawing import error_map, overlay
+from paperworks.tasks.drawing import display, error_map
 from paperworks.tasks.environment import hardware, versions
 from paperworks.tasks.segmentation import Deployed, predictor
 from paperworks.train.api import fit
@@ -391,15 +391,15 @@ def _pictures(result: dict[str, Any], data: Any, out: Path) -> list[dict[str, An
         image, mask = sample["image"].as_subclass(Tensor), sample["mask"].as_subclass(Tensor)
         sheet: dict[str, Any] = {
             "name": name,
-            "input": _png(out, f"{n}_input", overlay(image, None)),
-            "truth": _png(out, f"{n}_truth", overlay(image, mask)),
+            "input": _png(out, f"{n}_input", display(image)),
+            "truth": _png(out, f"{n}_truth", data.overlay(image, mask)),
             "rows": {},
         }
         for row in rows:
             with torch.inference_mode():
                 predicted = predictor(networks[row["id"]], data.spec, networks[row["id"]].grid)(image).argmax(0)
             sheet["rows"][row["id"]] = {
-                "overlay": _png(out, f"{n}_{row['id']}_overlay", overlay(image, predicted)),
+                "overlay": _png(out, f"{n}_{row['id']}_overlay", data.overlay(image, predicted)),
                 "errors": _png(out, f"{n}_{row['id']}_errors", error_map(image, mask, predicted)),
                 metric: next(e[metric] for e in row["per_image"] if e["name"] == name),
             }

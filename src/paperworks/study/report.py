@@ -7,26 +7,25 @@ allows nothing else, so that a hostile file name can neither run nor fetch anyth
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import math
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import jinja2
-import matplotlib
 import numpy as np
-from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from markupsafe import Markup
 from PIL import Image
 
 from paperworks.files import atomic
+from paperworks.study.charts import Arm, Curve, Point, arms_chart, curve_chart, dashes, front, front_chart
+from paperworks.study.words import attribute, both, decimal, duration, number, si, three
 from paperworks.tasks import drawing
 
 METRICS: dict[str, tuple[str, str, int]] = {
@@ -48,8 +47,6 @@ SIDE = 640
 """Longest side in pixels of an embedded picture."""
 PLAIN_BYTES = 60_000
 """Picture files up to this size are embedded as they are."""
-POINTS = 120
-"""Points of a learning curve."""
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> Path:
@@ -73,6 +70,12 @@ def render(result: Mapping[str, Any], folder: Path) -> str:
     kinds = {"compare": _compare, "claim": _claim}
     if result.get("kind") not in kinds:
         raise ValueError(f"a report is of kind 'compare' or 'claim', not {result.get('kind')!r}")
+    context = kinds[result["kind"]](result, Path(folder))
+    return _environment().get_template(f"{result['kind']}.html").render(r=result, **context)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -89,22 +92,10 @@ def render(result: Mapping[str, Any], folder: Path) -> str:
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
     environment.filters |= {"decimal": decimal, "si": si, "duration": duration, "said": _said}
-    context = kinds[result["kind"]](result, Path(folder))
-    return environment.get_template(f"{result['kind']}.html").render(r=result, **context)
+    return environment
 
 
-# --- Words and numbers ------------------------------------------------------------------------------------------------------------
-
-
-def both(en: object, zh: object = None) -> Markup:
-    """Text in both languages; the page shows one of them. One text stands for both where ``zh`` is None or the same."""
-    en, zh = escape(en), escape(en if zh is None else zh)
-    return en if en == zh else Markup('<span lang="en">{}</span><span lang="zh">{}</span>').format(en, zh)
-
-
-def attribute(name: str, en: object, zh: object) -> Markup:
-    """An attribute such as ``alt`` in both languages; the script puts in the one that is shown."""
-    return Markup('{0}="{1}" data-en-{0}="{1}" data-zh-{0}="{2}"').format(name, en, zh)
+# --- Words ------------------------------------------------------------------------------------------------------------------------
 
 
 def _said(text: Any) -> Markup:
@@ -113,57 +104,6 @@ def _said(text: Any) -> Markup:
         en, zh = text.get("en"), text.get("zh")
         return both(en or zh or "", zh or en or "")
     return both(text or "")
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def decimal(value: Any, digits: int = 3) -> str:
-    """A number for the eye; a dash where there is none."""
-    x = number(value)
-    if x is None:
-        return "–"
-    if x and (abs(x) >= 1000 or abs(x) < 10**-digits):
-        return f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
-    return f"{x:.{digits}f}"
-
-
-def si(value: Any) -> str:
-    """A number with k, M, G or T, to three figures; whole numbers below a thousand as they are."""
-    x = number(value)
-    if x is None:
-        return "–"
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(x) >= 0.9995 * size:
-            return f"{three(x / size)} {prefix}"
-    return str(int(x)) if x == int(x) else three(x)
-
-
-def three(value: Any) -> str:
-    """A number to three figures, without an exponent from 0.001 on; larger ones to the unit."""
-    x = number(value)
-    if x is None:
-        return "–"
-    if 0 < abs(x) < 0.001:
-        return f"{x:.1e}"
-    figures = len(str(int(abs(float(f"{x:.3g}"))))) if abs(x) >= 1 else 0 if abs(x) >= 0.1 or not x else -1 if abs(x) >= 0.01 else -2
-    return f"{x:,.{max(0, 3 - figures)}f}"
-
-
-def duration(value: Any) -> str:
-    """Seconds as ``42.0 s``, ``12 min 05 s`` or ``3 h 20 min``."""
-    x = number(value)
-    if x is None:
-        return "–"
-    if x < 120:
-        return f"{x:.1f} s"
-    if x < 7200:
-        return f"{round(x) // 60} min {round(x) % 60:02d} s"
-    return f"{round(x / 60) // 60} h {round(x / 60) % 60:02d} min"
 
 
 def _metric(key: str) -> tuple[str, str]:
@@ -259,11 +199,6 @@ class Method:
         self.failed = self.status == "failed" or (self.status != "ok" and not self.metrics)
 
     @property
-    def dashes(self) -> tuple[float, ...]:
-        """Of its curves: neighbours in the table differ in colour, and every third in dashes too."""
-        return _DASHES[self.index // 3 % len(_DASHES)]
-
-    @property
     def quality(self) -> float | None:
         """The comparison's own metric."""
         return None if self.failed else number(self.metrics.get(self.metric))
@@ -302,7 +237,7 @@ def _compare(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "seeds": seeds,
         "main": _main_table(methods, metric, better),
         "fronts": _fronts(done, name, better),
-        "curves": _curves(done, name, better),
+        "curves": _curves(done, name),
         "pictures": pictures,
         "views": [v for v in ("errors", "overlay") if any(view.get(v) for p in pictures for view in p["views"])],
         "errors": [(_rgb(colour), *words) for colour, words in ERRORS],
@@ -327,7 +262,12 @@ def _main_table(methods: list[Method], metric: str, better: int) -> Table:
     columns += [
         Column(both("Parameters", "参数量"), _sizes(m.cost.get("params") for m in ok), -1),
         Column(both("FLOPs", "计算量 FLOPs"), _sizes(m.cost.get("flops") for m in ok), -1),
-        Column(both("Latency", "延迟"), [Cell(three(m.quickest[0]), m.quickest[0], key=True, note=m.quickest[1], below=True) for m in ok], -1, "ms"),
+        Column(
+            both("Latency", "延迟"),
+            [Cell(three(m.quickest[0]), m.quickest[0], key=True, note=m.quickest[1], below=True) for m in ok],
+            -1,
+            "ms",
+        ),
         Column(both("Peak memory", "峰值内存"), _sizes((m.cost.get("peak_memory_mib") for m in ok), _whole), -1, "MiB"),
         Column(both("Training", "训练用时"), _sizes((m.cost.get("train_seconds") for m in ok), duration)),
     ]
@@ -480,114 +420,7 @@ def _embed(path: Any, folder: Path) -> dict[str, Any] | None:
     return {"uri": f"data:image/{kind};base64,{base64.b64encode(data).decode()}", "width": width, "height": height}
 
 
-# --- Charts -----------------------------------------------------------------------------------------------------------------------
-# matplotlib writes plain colours and one language. The charts are drawn with stand-ins for both, which are replaced by CSS variables
-# (light and dark) and by the two languages. So no text of a person's ever reaches matplotlib: neither its maths mode nor its fonts.
-
-_INK, _MUTED, _LINE, _PAPER = "#010101", "#020202", "#030303", "#040404"
-_SERIES = 10
-_DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2))
-_SIZE = 10.0
-"""Points of the charts' text; a chart is about 390 points wide, which is a phone's width."""
-
-
-class _Words:
-    """Hands out ASCII stand-ins about as wide as the text, and puts the text into the finished SVG."""
-
-    def __init__(self) -> None:
-        self.texts: list[Markup] = []
-
-    def __call__(self, en: str, zh: str | None = None) -> str:
-        en, zh = _short(en), _short(zh if zh is not None else en)
-        spans = Markup('<tspan lang="en">{}</tspan><tspan lang="zh">{}</tspan>').format(en, zh)
-        self.texts.append(escape(en) if en == zh else spans)
-        return f"q{len(self.texts) - 1:02d}".ljust(round(_width(en) / _width("n")), "n")
-
-    def fill(self, svg: str) -> str:
-        return re.sub(r">q(\d+)n*<", lambda match: f">{self.texts[int(match[1])]}<", svg)
-
-
-def _short(text: str, most: int = 34) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _width(text: str, size: float = _SIZE) -> float:
-    """About how wide a text is in points; Chinese characters are square."""
-    return size * sum(1.0 if ord(c) > 0x2E7F else 0.57 for c in text)
-
-
-def _series(index: int) -> str:
-    return f"#0500{index % _SERIES:02d}"
-
-
-def _figure(width: float = 5.4, height: float = 3.7) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=72, layout=None)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.set_facecolor("none")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_LINE)
-    axes.tick_params(colors=_MUTED, labelsize=_SIZE, length=3, color=_LINE)
-    axes.grid(True, color=_LINE, linewidth=0.5)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _place(figure: Figure, axes: Axes, *, right: float = 8, left: float = 40, top: float = 24, bottom: float = 40) -> None:
-    """Margins in points."""
-    width, height = figure.get_size_inches() * 72
-    axes.set_position((left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height))
-
-
-def _labels(axes: Axes, words: _Words, x: tuple[str, str], y: tuple[str, str]) -> None:
-    axes.set_xlabel(words(*x), color=_MUTED, fontsize=_SIZE, labelpad=6)
-    # A horizontal title instead of a turned label: it reads in both languages.
-    axes.annotate(words(*y), (0, 1), (-34, 10), "axes fraction", "offset points", color=_MUTED, fontsize=_SIZE, annotation_clip=False)
-
-
-def _svg(figure: Figure, words: _Words, key: str, en: str, zh: str) -> Markup:
-    """The figure as inline SVG: own ids, page's colours and fonts, both languages."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" {attribute("aria-label", en, zh)}>', svg, count=1)
-    svg = re.sub(r'<g id="series-(\d+)[^"]*"', r'<g data-series="\1"', svg)
-    svg = re.sub(r'<g id="halo[^"]*"', '<g class="halo"', svg)
-    svg = re.sub(r' id="(?:[a-z]+_\d+|patch[^"]*|text[^"]*)"', "", svg)
-    svg = re.sub(r'\bid="', f'id="{key}-', svg)
-    svg = re.sub(r'xlink:href="#', f'href="#{key}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{key}-", svg)
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    for colour, name in ((_INK, "ink"), (_MUTED, "muted"), (_LINE, "line"), (_PAPER, "card")):
-        svg = svg.replace(colour, f"var(--{name})")
-    svg = re.sub(r"#0500(\d\d)", lambda match: f"var(--s{int(match[1])})", svg)
-    return Markup(words.fill(re.sub(r"\n\s*", "\n", svg)))
-
-
-def _tick(value: float, _: int) -> str:
-    text = si(float(f"{value:.6g}"))
-    return re.sub(r"(\.\d*?)0+(?= |$)", r"\1", text).replace(". ", " ").removesuffix(".")
-
-
-def _log_ticks(axes: Axes, low: float, high: float) -> None:
-    axes.set_xscale("log")
-    axes.set_xlim(low / 1.5, high * 1.9)
-    subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-
-
-def front(points: Sequence[tuple[float, float]], better: int = 1) -> list[int]:
-    """Indices of the Pareto front of (cost, quality), cheapest first: no other point is at least as cheap and as good, and differs."""
-    best, out = -math.inf, []
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -better * points[i][1])):
-        if better * points[i][1] > best:
-            best = better * points[i][1]
-            out.append(i)
-    return out
+# --- Charts ---------------------------------------------------------------------------------------------------------------------
 
 
 def _fronts(done: list[Method], metric: tuple[str, str], better: int) -> list[dict[str, Any]]:
@@ -595,207 +428,35 @@ def _fronts(done: list[Method], metric: tuple[str, str], better: int) -> list[di
         ("latency", ("Latency of one image, ms", "单张图像延迟（ms）"), lambda m: m.quickest[0]),
         ("parameters", ("Parameters", "参数量"), lambda m: number(m.cost.get("params"))),
     )
-    baselines = [m for m in done if m.baseline and m.quality is not None]
+    baselines = [(m.name, m.quality) for m in done if m.baseline and m.quality is not None]
     out = []
     for key, label, cost in costs:
-        shown = [(m, x, m.quality) for m in done if not m.baseline and (x := cost(m)) and x > 0 and m.quality is not None]
-        if len(shown) < 2:
-            continue
-        on = front([(x, y) for _, x, y in shown], better)
-        chart = _front_chart(key, label, metric, better, shown, on, baselines)
-        out.append({"svg": chart, "label": label, "names": [shown[i][0].name for i in on]})
+        points = [
+            Point(m.name, m.index, x, m.quality) for m in done if not m.baseline and (x := cost(m)) and x > 0 and m.quality is not None
+        ]
+        if len(points) > 1:
+            svg = front_chart(key, label, metric, better, points, baselines)
+            out.append({"svg": svg, "label": label, "names": [p.name for p in front(points, better)]})
     return out
 
 
-def _front_chart(
-    key: str,
-    label: tuple[str, str],
-    metric: tuple[str, str],
-    better: int,
-    shown: list[tuple[Method, float, float]],
-    on: list[int],
-    baselines: list[Method],
-) -> Markup:
-    figure, axes = _figure()
-    words = _Words()
-    xs, ys = [x for _, x, _ in shown], [y for _, _, y in shown]
-    _log_ticks(axes, min(xs), max(xs))
-    # A method that went wrong would press those that are to be told apart into a line; it stands on the edge with its value.
-    signed = [better * y for y in ys]
-    floor = max(signed) - 3 * (max(signed) - float(np.median(signed)))
-    inside = [y for y, s in zip(ys, signed) if s >= floor]
-    span = max(inside) - min(inside) or 0.05 * abs(inside[0]) or 0.1
-    bottom, top = min(inside) - 0.15 * span, max(inside) + 0.15 * span
-    axes.set_ylim(bottom, top)
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    _place(figure, axes, left=44)
-    _labels(axes, words, label, metric)
-    frame = axes.get_window_extent()
-    taken = []
-    for m in baselines:
-        if bottom <= (y := m.quality or 0.0) <= top:
-            axes.axhline(y, color=_MUTED, linewidth=1, linestyle=(0, (1.5, 2)))
-            size = (_width(_short(m.name)), _SIZE)
-            note = axes.annotate(words(m.name), (0, y), (4, 3), ("axes fraction", "data"), "offset points", fontsize=_SIZE, color=_MUTED)  # type: ignore[arg-type]
-            note.set_gid(f"halo-baseline-{m.index}")
-            taken.append(_box(frame.x0 + 4 + size[0] / 2, axes.transData.transform((1, y))[1] + 3 + _SIZE / 2, *size))
-
-    line = [(xs[i], ys[i]) for i in on]
-    axes.plot(
-        [x for x, _ in line] + [axes.get_xlim()[1]],
-        [y for _, y in line] + [line[-1][1]],
-        drawstyle="steps-post",
-        color=_MUTED,
-        linewidth=1.2,
-        linestyle=(0, (4, 3)),
-    )
-    spots = []
-    for i, (m, x, y) in enumerate(shown):
-        off = better * y < floor
-        where = min(max(y, bottom), top)
-        axes.plot(
-            [x],
-            [where],
-            ("v" if y < bottom else "^") if off else "o",
-            markersize=8,
-            markerfacecolor=_series(m.index) if i in on else _PAPER,
-            markeredgecolor=_series(m.index),
-            markeredgewidth=1.6,
-            clip_on=False,
-            gid=f"series-{m.index}-dot",
-        )
-        spots.append((x, where, f"{m.name} {decimal(y)}" if off else m.name, m, i in on))
-    taken += [_box(*axes.transData.transform((x, y)), 11, 11) for x, y, *_ in spots]
-    for x, y, text, m, bold in spots:
-        centre = axes.transData.transform((x, y))
-        size = (_width(_short(text)) * (1.06 if bold else 1.0), _SIZE + 2)
-        offset, box = _free(centre, size, taken, (frame.x0, frame.y0, frame.x1 + 8, frame.y1 + 10))
-        taken.append(box)
-        style = {"color": _INK if bold else _MUTED, "fontsize": _SIZE, "fontweight": "bold" if bold else "normal"}
-        note = axes.annotate(
-            words(text), (x, y), offset, "data", "offset points", ha="center", va="center", annotation_clip=False, zorder=5, **style
-        )
-        note.set_gid(f"halo-{m.index}")
-    names = ", ".join(shown[i][0].name for i in on)
-    en = f"{metric[0]} against {label[0]}. On the Pareto front: {names}."
-    zh = f"{metric[1]}与{label[1]}的关系。帕累托前沿：{names}。"
-    return _svg(figure, words, key, en, zh)
-
-
-Box = tuple[float, float, float, float]
-
-
-def _box(x: float, y: float, width: float, height: float) -> Box:
-    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
-
-
-def _free(centre: Sequence[float], size: tuple[float, float], taken: list[Box], frame: Box) -> tuple[tuple[float, float], Box]:
-    """Where around a point a label of ``size`` covers least of what is there: its centre's offset and its box."""
-
-    def cost(box: Box) -> float:
-        over = sum(max(0.0, min(box[2], t[2]) - max(box[0], t[0])) * max(0.0, min(box[3], t[3]) - max(box[1], t[1])) for t in taken)
-        out = max(0.0, frame[0] - box[0]) + max(0.0, box[2] - frame[2]) + max(0.0, frame[1] - box[1]) + max(0.0, box[3] - frame[3])
-        return over + 20 * out
-
-    beside, above = size[0] / 2 + 8, size[1] / 2 + 7
-    offsets = [(beside, 0.0), (0.0, above), (0.0, -above), (-beside, 0.0)]
-    offsets += [(sx * (beside - 3), sy * far) for far in (above - 2, 2 * above, 3 * above) for sx in (1, -1) for sy in (1, -1)]
-    boxes = [_box(centre[0] + dx, centre[1] + dy, *size) for dx, dy in offsets]
-    best = min(range(len(offsets)), key=lambda i: cost(boxes[i]) + 0.1 * i)
-    return offsets[best], boxes[best]
-
-
-def _curves(done: list[Method], metric: tuple[str, str], better: int) -> dict[str, Any] | None:
-    """Quality while training, and the training loss."""
+def _curves(done: list[Method], metric: tuple[str, str]) -> dict[str, Any] | None:
+    """Quality while training, over seconds where they are known for every method, and the training loss."""
+    methods = [(m, m.raw["curves"]) for m in done if m.raw.get("curves")]
+    timed = all(len(c.get("seconds") or []) == len(c.get("step") or []) > 0 for _, c in methods)
     quality, loss = [], []
-    timed = all((m.raw.get("curves") or {}).get("seconds") for m in done if m.raw.get("curves"))
-    for m in done:
-        c = m.raw.get("curves") or {}
-        step, seconds = list(c.get("step") or []), list(c.get("seconds") or [])
-        at = list(c.get("val_step") or [])
-        if timed and len(step) == len(seconds) and len(step) > 1:
-            when = c.get("val_seconds") or (np.interp(at, step, seconds).tolist() if at else [])
-            quality.append((m, *_points(when, c.get("val_metric"))))
-        elif not timed:
-            quality.append((m, *_points(at, c.get("val_metric"))))
-        loss.append((m, *_points(step, c.get("loss"))))
+    for m, c in methods:
+        step, looked = c.get("step") or [], c.get("val_step") or []
+        when = (c.get("val_seconds") or np.interp(looked, step, c["seconds"]).tolist()) if timed else looked
+        quality.append(Curve.of(m.name, m.index, when, c.get("val_metric") or []))
+        loss.append(Curve.of(m.name, m.index, step, c.get("loss") or []))
     x = ("Seconds of training", "训练时间（秒）") if timed else ("Steps", "训练步数")
-    end = "lower" if better < 0 else "upper"
-    charts = [
-        _curve_chart("quality", x, (f"{metric[0]}, validation", f"验证集{metric[1]}"), quality, end),
-        _curve_chart("loss", ("Steps", "训练步数"), ("Training loss", "训练损失"), loss, "lower"),
+    drawn = [
+        curve_chart("quality", x, (f"{metric[0]}, validation", f"验证集{metric[1]}"), quality),
+        curve_chart("loss", ("Steps", "训练步数"), ("Training loss", "训练损失"), loss, log=True),
     ]
-    charts = [c for c in charts if c]
-    if not charts:
-        return None
-    drawn = {m.index: m for rows in (quality, loss) for m, xs, _ in rows if len(xs)}
-    return {"charts": charts, "methods": [drawn[i] for i in sorted(drawn)]}
-
-
-def _points(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Finite points, at most ``POINTS`` of them: means of neighbours where there are more."""
-    n = min(len(x or []), len(y or []))
-    a = np.array([math.nan if number(v) is None else v for v in (x or [])[:n]], dtype=float)
-    b = np.array([math.nan if number(v) is None else v for v in (y or [])[:n]], dtype=float)
-    keep = np.isfinite(a) & np.isfinite(b)
-    a, b = a[keep], b[keep]
-    if len(a) > POINTS:
-        parts = np.array_split(np.arange(len(a)), POINTS)
-        a, b = (np.array([v[p].mean() for p in parts]) for v in (a, b))
-    return a, b
-
-
-def _curve_chart(
-    key: str, x: tuple[str, str], y: tuple[str, str], rows: list[tuple[Method, np.ndarray, np.ndarray]], end: str
-) -> Markup | None:
-    rows = [row for row in rows if len(row[1])]
-    if not rows:
-        return None
-    figure, axes = _figure()
-    words = _Words()
-    everything = np.concatenate([ys for _, _, ys in rows])
-    if end == "lower" and everything.min() > 0 and everything.max() > 10 * everything.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.6g}"))
-    for m, xs, ys in rows:
-        marker = "o" if len(xs) == 1 else None
-        style = {"linestyle": (0, m.dashes)} if m.dashes else {}
-        axes.plot(xs, ys, color=_series(m.index), linewidth=1.8, marker=marker, gid=f"series-{m.index}-curve", **style)
-    last = max(float(xs[-1]) for _, xs, _ in rows)
-    axes.set_xlim(0, last * 1.02 or 1)
-    if last < 1000:
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-    longest = max(_width(_short(m.name, 22)) for m, _, _ in rows)
-    _place(figure, axes, left=44, right=longest + 16)
-    _labels(axes, words, x, y)
-    ends = [float(axes.transData.transform((xs[-1], ys[-1]))[1]) for _, xs, ys in rows]
-    frame = axes.get_window_extent()
-    for (m, xs, ys), height in zip(rows, _spread(ends, _SIZE + 2.5, frame.y0 - 4, frame.y1 + 4), strict=True):
-        px, py = axes.transData.transform((xs[-1], ys[-1]))
-        link = np.array([[px, py], [frame.x1 + 2, py], [frame.x1 + 8, height]])
-        data = axes.transData.inverted().transform(link)
-        axes.plot(*data.T, color=_series(m.index), linewidth=0.6, clip_on=False, gid=f"series-{m.index}-link")
-        offset = (frame.x1 + 10 - px, height - py)
-        text = words(_short(m.name, 22))
-        note = axes.annotate(text, (xs[-1], ys[-1]), offset, "data", "offset points", va="center", fontsize=_SIZE, annotation_clip=False)
-        note.set_color(_series(m.index))
-        note.set_gid(f"series-{m.index}-name")
-    names = ", ".join(m.name for m, _, _ in rows)
-    return _svg(figure, words, key, f"{y[0]} against {x[0].lower()}: {names}.", f"{y[1]}随{x[1]}的变化：{names}。")
-
-
-def _spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The values moved apart to ``gap``, in their order, inside [low, high] where that is possible."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    out = list(values)
-    for before, i in zip([None, *order], order):
-        out[i] = max(values[i], low if before is None else out[before] + gap)
-    for after, i in zip([None, *reversed(order)], reversed(order)):
-        out[i] = min(out[i], high if after is None else out[after] - gap)
-    return out
+    keys = [(m, dashes(m.index)) for m, _ in methods]
+    return {"charts": [chart for chart in drawn if chart], "keys": keys} if any(drawn) else None
 
 
 # --- The claim --------------------------------------------------------------------------------------------------------------------
@@ -804,80 +465,37 @@ def _spread(values: Sequence[float], gap: float, low: float, high: float) -> lis
 def _claim(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     arms = [arm for arm in result.get("arms") or [] if arm.get("name")]
     metric = str(result.get("metric") or "")
-    values = {id(arm): {k: list(v or []) for k, v in (arm.get("metrics") or {}).items()} for arm in arms}
-    longest = max((len(v[metric]) for v in values.values() if metric in v), default=0)
-    seeds = list(result.get("seeds") or range(longest))
-    columns = []
-    for i, seed in enumerate(seeds):
-        cells = _decimals([_at(values[id(arm)].get(metric), i) for arm in arms], 4)
-        columns.append(Column(both(f"Seed {seed}", f"种子 {seed}"), cells))
-    columns += _mean_columns([values[id(arm)].get(metric, []) for arm in arms], both("Mean", "均值"))
-    others = dict.fromkeys(k for v in values.values() for k in v if k != metric)
-    more = [c for k in others for c in _mean_columns([values[id(arm)].get(k, []) for arm in arms], both(*_metric(k)))]
     name = _metric(metric)
+    values = [{k: list(v or []) for k, v in (arm.get("metrics") or {}).items()} for arm in arms]
+    own = [v.get(metric, []) for v in values]
+    seeds = list(result.get("seeds") or range(max(map(len, own), default=0)))
+    columns = [
+        Column(both(f"Seed {seed}", f"种子 {seed}"), _decimals((row[i] if i < len(row) else None for row in own), 4))
+        for i, seed in enumerate(seeds)
+    ]
+    others = dict.fromkeys(k for v in values for k in v if k != metric)
     head = both("Arm", "实验组")
+    caption = both("The other metrics: mean and standard deviation over the seeds", "其他指标：各种子的均值与标准差")
     return {
         "metric": name,
         "seeds": seeds,
-        "chart": _arms_chart(arms, [values[id(arm)].get(metric, []) for arm in arms], name),
-        "main": Table(both(f"{name[0]} of each arm and seed", f"各实验组、各种子的{name[1]}"), head, arms, columns),
-        "more": Table(both("The other metrics: mean and standard deviation over the seeds", "其他指标：各种子的均值与标准差"), head, arms, more),
+        "chart": arms_chart([Arm(str(a["name"]), bool(a.get("control")), [number(v) for v in row]) for a, row in zip(arms, own)], name),
+        "main": Table(
+            both(f"{name[0]} of each arm and seed", f"各实验组、各种子的{name[1]}"),
+            head,
+            arms,
+            [*columns, _mean(own, both("Mean", "均值"))],
+        ),
+        "more": Table(caption, head, arms, [_mean([v.get(k, []) for v in values], both(*_metric(k))) for k in others]),
     }
 
 
-def _at(values: list[Any] | None, i: int) -> Any:
-    return values[i] if values and i < len(values) else None
-
-
-def _mean_columns(rows: list[list[Any]], label: Markup) -> list[Column]:
+def _mean(rows: list[list[Any]], label: Markup) -> Column:
+    """Mean of each row, with the standard deviation where there is more than one value."""
     cells = []
     for row in rows:
         seen = [x for v in row if (x := number(v)) is not None]
-        mean = sum(seen) / len(seen) if seen else None
-        note = f"± {decimal(float(np.std(seen, ddof=1)), 4)}" if len(seen) > 1 else ""
+        note = f"± {decimal(stdev(seen), 4)}" if len(seen) > 1 else ""
+        mean = fmean(seen) if seen else None
         cells.append(Cell(decimal(mean, 4), mean, note=note))
-    return [Column(label, cells)]
-
-
-def _arms_chart(arms: list[Mapping[str, Any]], values: list[list[Any]], metric: tuple[str, str]) -> Markup | None:
-    """One line of dots per arm; a thread joins the dots of one seed, since arms are compared seed by seed."""
-    seen = [[number(v) for v in row] for row in values]
-    flat = [v for row in seen for v in row if v is not None]
-    if not flat:
-        return None
-    figure, axes = _figure(5.4, 0.75 + 0.7 * len(arms))
-    words = _Words()
-    for i in range(max(map(len, seen))):
-        thread = [(row[i], -k) for k, row in enumerate(seen) if i < len(row) and row[i] is not None]
-        axes.plot([x for x, _ in thread], [y for _, y in thread], color=_MUTED, linewidth=0.7, alpha=0.7)
-    for k, (arm, row) in enumerate(zip(arms, seen, strict=True)):
-        xs = [x for x in row if x is not None]
-        control = bool(arm.get("control"))
-        axes.plot(
-            xs,
-            [-k] * len(xs),
-            "s" if control else "o",
-            markersize=8,
-            markerfacecolor=_PAPER if control else _series(k),
-            markeredgecolor=_series(k),
-            markeredgewidth=1.6,
-            linestyle="none",
-        )
-        if xs:
-            mean = sum(xs) / len(xs)
-            axes.plot([mean, mean], [-k - 0.2, -k + 0.2], color=_INK, linewidth=2)
-            note = axes.annotate(decimal(mean), (mean, -k), (0, -17), "data", "offset points", ha="center", fontsize=_SIZE, color=_INK)
-            note.set_gid("halo-mean")
-        text = words(f"{arm['name']} (control)" if control else str(arm["name"]), f"{arm['name']}（对照）" if control else None)
-        note = axes.annotate(text, (0, -k), (4, 13), ("axes fraction", "data"), "offset points", fontsize=_SIZE, color=_INK)  # type: ignore[arg-type]
-        note.set_gid("halo-arm")
-    span = max(flat) - min(flat) or 0.05 * abs(max(flat)) or 0.1
-    axes.set_xlim(min(flat) - 0.12 * span, max(flat) + 0.12 * span)
-    axes.set_ylim(-len(arms) + 0.4, 0.75)
-    axes.yaxis.set_major_locator(FixedLocator([]))
-    axes.xaxis.set_major_locator(MaxNLocator(7))
-    axes.spines["left"].set_visible(False)
-    _place(figure, axes, left=10, right=14, top=4)
-    axes.set_xlabel(words(*metric), color=_MUTED, fontsize=_SIZE, labelpad=6)
-    means = "; ".join(f"{arm['name']} {decimal(sum(x) / len(x))}" for arm, row in zip(arms, seen) if (x := [v for v in row if v is not None]))
-    return _svg(figure, words, "arms", f"{metric[0]} of each arm, one dot per seed. Means: {means}.", f"各实验组的{metric[1]}，每点为一个种子。均值：{means}。")
+    return Column(label, cells)

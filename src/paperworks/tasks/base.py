@@ -71,6 +71,13 @@ class Grid:
         return -(-need // self.multiple) * self.multiple + self.offset
 
 
+def grid_of(network: nn.Module) -> Grid:
+    """The grid that a dense network carries."""
+    grid = network.grid
+    assert isinstance(grid, Grid)
+    return grid
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a paper is trained. The engine fits the schedule to the budget; everything here can be set with ``--set``."""

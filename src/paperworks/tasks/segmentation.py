@@ -21,8 +21,8 @@ from torchvision import tv_tensors
 from paperworks.data import Folder, Item, open_folder
 from paperworks.errors import InputError
 from paperworks.files import atomic
-from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, centre_crop
-from paperworks.tasks.drawing import error_map, overlay, panel
+from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, centre_crop, grid_of
+from paperworks.tasks.drawing import display, error_map, overlay, panel
 from paperworks.tasks.metrics import SegmentationScores
 from paperworks.tasks.tiling import predict_array
 
@@ -120,9 +120,16 @@ class Segmentation:
             sample = self.sample(item)
             image, mask = sample["image"].as_subclass(Tensor), sample["mask"].as_subclass(Tensor)
             predicted = predict(image).argmax(0)
-            rows.append([overlay(image, None), overlay(image, mask), overlay(image, predicted), error_map(image, mask, predicted)])
+            pictures = [display(image), self.overlay(image, mask), self.overlay(image, predicted), error_map(image, mask, predicted)]
+            rows.append(panel(pictures, [sample["name"], "truth", "prediction", "errors"], side=240))
+        width = max(row.shape[1] for row in rows)
+        sheet = np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows])
         with atomic(path) as temporary:
-            PIL.Image.fromarray(panel(rows, ["image", "truth", "prediction", "errors"])).save(temporary)
+            PIL.Image.fromarray(sheet).save(temporary)
+
+    def overlay(self, image: Tensor, labels: Tensor) -> np.ndarray:
+        """Labels drawn on the image, H W 3 uint8."""
+        return overlay(image, labels, len(self.spec.classes))
 
     def baselines(self) -> dict[str, Predict]:
         """What a table must be better than: Otsu's threshold and the majority class."""
@@ -199,7 +206,7 @@ class Deployed(nn.Module):
     def __init__(self, network: nn.Module, spec: Spec) -> None:
         super().__init__()
         self.network = network
-        self.grid: Grid = network.grid  # type: ignore[assignment]
+        self.grid = grid_of(network)
         shape = (1, spec.channels, *(1,) * spec.ndim)
         self.register_buffer("mean", torch.tensor(spec.mean).view(shape))
         self.register_buffer("std", torch.tensor(spec.std).view(shape))

@@ -11,9 +11,9 @@ from torch import nn
 from paperworks import papers
 from paperworks.errors import InputError
 from paperworks.tasks import task
-from paperworks.tasks.base import Spec
+from paperworks.tasks.base import Spec, grid_of
 from paperworks.train.budget import Budget, parse_duration
-from paperworks.train.engine import Listener, Positions, make_fabric, make_learner, probe
+from paperworks.train.engine import Listener, bare, Positions, make_fabric, make_learner, probe
 from paperworks.train.engine import fit as train
 from paperworks.train.run import Request, Run, configure
 
@@ -133,7 +133,7 @@ def choose_variant(
         paper, config, recipe = configure(name, variant, settings)
         learner = make_learner(fabric, paper, config, recipe, data, seed)
         prepare = paper.prepare(config) if paper.prepare else None
-        dataset = Positions(data, recipe, learner.network.grid, prepare, seed, None)  # type: ignore[arg-type]
+        dataset = Positions(data, recipe, grid_of(bare(learner.network)), prepare, seed, None)
         seconds = probe(fabric, learner, dataset, steps=4)
         seen = budget.seconds / seconds * recipe.batch_size / len(data.train)
         if told:

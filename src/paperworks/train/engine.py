@@ -27,7 +27,7 @@ from paperworks import __version__, papers
 from paperworks.errors import InputError
 from paperworks.files import atomic
 from paperworks.tasks import task
-from paperworks.tasks.base import Batch, Grid, Loss, Paper, Recipe, Sample
+from paperworks.tasks.base import Batch, Grid, Loss, Paper, Recipe, Sample, grid_of
 from paperworks.tasks.environment import hardware, versions
 from paperworks.tasks.segmentation import Deployed, predictor
 from paperworks.train.budget import Budget, Plan, plan
@@ -64,7 +64,7 @@ class Listener(Protocol):
 
 
 class Silent:
-    """A listener that says nothing."""
+    """A listener that says nothing; a base for those that listen to some things only."""
 
     def start(self, plan: Plan, step: int) -> None:
         """Nothing."""
@@ -145,7 +145,7 @@ class Learner:
         """Exponential moving average, faster in the first steps so that it forgets the initial weights."""
         decay = min(self.recipe.average, (1 + step) / (10 + step))
         assert self.average is not None
-        state = _bare(self.network).state_dict()
+        state = bare(self.network).state_dict()
         with torch.no_grad():
             for name, mean in self.average.items():
                 if mean.is_floating_point():
@@ -156,7 +156,7 @@ class Learner:
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The network in evaluation mode with the weights that predictions use."""
-        network = _bare(self.network)
+        network = bare(self.network)
         if self.average is None:
             network.eval()
             yield network
@@ -171,10 +171,10 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides the step."""
-        return {"network": _bare(self.network).state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        return {"network": bare(self.network).state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
 
 
-def _bare(network: nn.Module) -> nn.Module:
+def bare(network: nn.Module) -> nn.Module:
     """The module inside Fabric's and DDP's wrappers."""
     while hasattr(network, "module") or hasattr(network, "_forward_module"):
         network = network.module if hasattr(network, "module") else network._forward_module  # type: ignore[assignment]
@@ -320,7 +320,7 @@ def _train(fabric: Any, run: Run, data: Any, workers: int, listener: Listener, c
     started = time.perf_counter()
     paper, config, recipe = configure(request.paper, request.variant, request.settings)
     learner = make_learner(fabric, paper, config, recipe, data, request.seed)
-    grid: Grid = _bare(learner.network).grid  # type: ignore[assignment]
+    grid = grid_of(bare(learner.network))
     dataset = Positions(data, recipe, grid, paper.prepare(config) if paper.prepare else None, request.seed, request.limit)
     world, rank = fabric.world_size, fabric.global_rank
     if (saved := _read_checkpoint(run.folder, learner)) is not None:
@@ -347,7 +347,7 @@ def _train(fabric: Any, run: Run, data: Any, workers: int, listener: Listener, c
             the_plan = fabric.broadcast(the_plan)
             run.record["plan"] = asdict(the_plan)
             run.save()
-    parameters = sum(p.numel() for p in _bare(learner.network).parameters())
+    parameters = sum(p.numel() for p in bare(learner.network).parameters())
     log.info(
         "%s %s, %s parameters, %d steps of %d samples, %s",
         request.paper,
@@ -460,7 +460,7 @@ def _look(learner: Learner, data: Any, *, limit: int = LOOK_AT, pictures: Path |
     """Metrics on the first images of the validation split, spread over it."""
     items = data.val[:: max(1, len(data.val) // limit)][:limit]
     with learner.averaged() as network:
-        predict = predictor(Deployed(network, data.spec).to(learner.mean.device), data.spec, network.grid)  # type: ignore[arg-type]
+        predict = predictor(Deployed(network, data.spec).to(learner.mean.device), data.spec, grid_of(network))
         metrics, _ = data.evaluate(predict, items)
         if pictures:
             data.picture(predict, items[:4], pictures)
@@ -469,7 +469,7 @@ def _look(learner: Learner, data: Any, *, limit: int = LOOK_AT, pictures: Path |
 
 def _draw(learner: Learner, data: Any, path: Path) -> None:
     with learner.averaged() as network:
-        predict = predictor(Deployed(network, data.spec).to(learner.mean.device), data.spec, network.grid)  # type: ignore[arg-type]
+        predict = predictor(Deployed(network, data.spec).to(learner.mean.device), data.spec, grid_of(network))
         data.picture(predict, data.val[:: max(1, len(data.val) // 8)][:8], path)
 
 
@@ -500,7 +500,7 @@ def _read_checkpoint(folder: Path, learner: Learner) -> dict[str, Any] | None:
         except Exception as error:
             log.warning("%s cannot be read (%s); taking the one before", path, type(error).__name__)
             continue
-        check_state(_bare(learner.network), saved["network"], path)
+        check_state(bare(learner.network), saved["network"], path)
         _restore(learner, saved)
         return saved
     if (folder / "checkpoints" / "last.pt").exists():
@@ -509,7 +509,7 @@ def _read_checkpoint(folder: Path, learner: Learner) -> dict[str, Any] | None:
 
 
 def _restore(learner: Learner, state: Mapping[str, Any]) -> None:
-    _bare(learner.network).load_state_dict(state["network"])
+    bare(learner.network).load_state_dict(state["network"])
     learner.optimizer.load_state_dict(state["optimizer"])
     if learner.average is not None:
         for name, value in state["average"].items():

@@ -1,0 +1,216 @@
+"""The engine: a run that is stopped in any way ends with the numbers of one never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from paperworks.errors import InputError
+from paperworks.train import engine
+from paperworks.train.api import fit
+from paperworks.train.engine import Interrupted, Silent, schedule
+from paperworks.train.run import Run
+from paperworks.tasks.base import Recipe
+
+STEPS = 8
+
+
+def train(data: Path, out: Path, **options) -> Run:
+    options = {"variant": "test", "steps": STEPS, "precision": "fp32", "settings": {"batch_size": 2, "patch": 32}} | options
+    return fit("unet", data, out, **options)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def straight(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train(blobs, out)
+    return out
+
+
+class Stop(Silent):
+    """Does something at a step."""
+
+    def __init__(self, at: int, act) -> None:
+        self.at, self.act = at, act
+
+    def step(self, step, values) -> None:
+        if step == self.at:
+            self.act()
+
+
+def crash() -> None:
+    raise RuntimeError("the power went")
+
+
+def test_run_folder(straight: Path) -> None:
+    record = json.loads((straight / "run.json").read_text())
+    assert record["state"] == "finished" and record["steps"] == STEPS
+    assert 0 <= record["metrics"]["dice"] <= 1
+    assert len(record["per_image"]) == 4
+    assert (straight / "metrics.csv").read_text().count("\n") == STEPS + 1
+    assert (straight / "pictures" / "final.png").exists() and (straight / "log.txt").read_text()
+    assert not list(straight.rglob("*.tmp*"))
+
+
+def test_seed_decides(blobs: Path, straight: Path, tmp_path: Path) -> None:
+    train(blobs, tmp_path / "again")
+    train(blobs, tmp_path / "other", seed=1)
+    assert same(weights(straight), weights(tmp_path / "again"))
+    assert not same(weights(straight), weights(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("at", [1, 3, STEPS])
+def test_crash_and_resume(at: int, blobs: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0.0)
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power"):
+        train(blobs, out, listener=Stop(at, crash))
+    run = train(blobs, out, resume=True)
+    assert same(weights(straight), weights(out))
+    assert run.record["metrics"] == Run.load(straight).record["metrics"]
+    losses = [line.split(",")[3] for line in (out / "metrics.csv").read_text().splitlines()]
+    assert losses == [line.split(",")[3] for line in (straight / "metrics.csv").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves(number: signal.Signals, blobs: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted) as stopped:
+        train(blobs, out, listener=Stop(3, lambda: os.kill(os.getpid(), number)))
+    assert stopped.value.exit_code == 128 + number
+    assert torch.load(out / "checkpoints" / "last.pt", weights_only=True)["step"] == 3
+    train(blobs, out, resume=True)
+    assert same(weights(straight), weights(out))
+
+
+def test_torn_checkpoint(blobs: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0.0)
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power"):
+        train(blobs, out, listener=Stop(5, crash))
+    last = out / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    train(blobs, out, resume=True)
+    assert same(weights(straight), weights(out))
+
+
+def test_pickle_as_checkpoint(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that would run code when unpickled does not."""
+    import pickle
+
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0.0)
+    out, witness = tmp_path / "run", tmp_path / "witness"
+    with pytest.raises(RuntimeError, match="power"):
+        train(blobs, out, listener=Stop(2, crash))
+
+    class Attack:
+        def __reduce__(self):
+            return (os.mkdir, (str(witness),))
+
+    for name in ("last.pt", "previous.pt"):
+        (out / "checkpoints" / name).write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(InputError, match="no checkpoint can be read"):
+        train(blobs, out, resume=True)
+    assert not witness.exists()
+
+
+@pytest.mark.slow
+def test_kill_9(blobs: Path, straight: Path, tmp_path: Path) -> None:
+    """The whole program, killed at moments that nobody chose."""
+    out = tmp_path / "run"
+    code = "import paperworks.train.engine as e, sys; e.CHECKPOINT_SECONDS = 0.0; from paperworks.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "train", "unet", str(blobs), "--variant", "test", "--steps", str(STEPS), "--precision", "fp32",
+               "--set", "batch_size=2", "--set", "patch=32", "--out", str(out)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for _ in range(3):
+        resume = ["--resume"] if (out / "run.json").exists() else []
+        child = subprocess.Popen(command + resume, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        began = time.monotonic()
+        while child.poll() is None and not (out / "checkpoints" / "last.pt").exists() and time.monotonic() - began < 120:
+            time.sleep(0.01)
+        time.sleep(random.random())
+        child.kill()
+        child.wait()
+    resume = ["--resume"] if (out / "run.json").exists() else []
+    done = subprocess.run(command + resume, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(straight), weights(out))
+
+
+@pytest.mark.slow
+def test_two_processes(blobs: Path, tmp_path: Path) -> None:
+    """Two processes with half the batch each make the steps of one with the whole batch (no batch norm, a loss that is a mean over pixels)."""
+    settings = {"norm": "false", "border_weight": "0", "optimizer": "sgd", "lr": "0.01", "dropout": "0", "patch": "32", "clip": "none", "average": "0"}
+    train(blobs, tmp_path / "one", settings=settings | {"batch_size": "4"}, steps=4)
+    pairs = [part for key, value in (settings | {"batch_size": "2"}).items() for part in ("--set", f"{key}={value}")]
+    code = "import sys; from paperworks.cli import main; sys.exit(main())"
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    command = [sys.executable, str(script), "train", "unet", str(blobs), "--variant", "test", "--steps", "4", "--precision", "fp32", "--devices", "2"]
+    done = subprocess.run(command + pairs + ["--out", str(tmp_path / "two")], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((one[k] - two[k]).norm() / one[k].norm().clamp_min(1e-6)) for k in one) < 1e-3
+
+
+def test_workers_change_nothing(blobs: Path, straight: Path, tmp_path: Path) -> None:
+    train(blobs, tmp_path / "run", workers=1)
+    assert same(weights(straight), weights(tmp_path / "run"))
+
+
+def test_other_request(blobs: Path, straight: Path) -> None:
+    with pytest.raises(InputError, match="seed"):
+        train(blobs, straight, resume=True, seed=5)
+    with pytest.raises(InputError, match="not empty"):
+        train(blobs, straight)
+
+
+def test_finished_run_is_kept(blobs: Path, straight: Path) -> None:
+    before = (straight / "model.safetensors").stat().st_mtime_ns
+    train(blobs, straight, resume=True)
+    assert (straight / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_diverged(blobs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lower --set lr"):
+        train(blobs, tmp_path / "run", settings={"lr": 1e30, "optimizer": "sgd", "clip": None, "patch": 32})
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"learning_rate": "1"}, "no setting is called 'learning_rate'"), ({"lr": "fast"}, "does not read as float"), ({"augment.wobble": "1"}, "'wobble'")],
+)
+def test_bad_settings(settings: dict[str, str], message: str, blobs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        train(blobs, tmp_path / "run", settings=settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_schedules() -> None:
+    cosine = [schedule(Recipe(schedule="cosine", warmup=0.1), s, 100) for s in range(100)]
+    assert cosine[0] == pytest.approx(0.1) and max(cosine) == 1.0 and cosine[-1] < 0.01
+    assert cosine[10:] == sorted(cosine[10:], reverse=True)
+    step = [schedule(Recipe(schedule="step", warmup=0, decay_at=(0.5, 0.8)), s, 10) for s in range(10)]
+    assert step == pytest.approx([1] * 5 + [0.1] * 3 + [0.01] * 2)
+    assert schedule(Recipe(schedule="poly", warmup=0), 50, 100) == pytest.approx(0.5**0.9)
+    assert schedule(Recipe(schedule="constant", warmup=0), 99, 100) == 1
