@@ -95,7 +95,7 @@ def list_papers(
     for card in papers.cards().values():
         if (task and card.task != task) or (section and card.section != section):
             continue
-        found = audit(card.id)
+        found = audit(card.id, stale=False)
         if verdict is None or found["verdict"] == verdict:
             rows.append(
                 {

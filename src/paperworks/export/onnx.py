@@ -190,17 +190,14 @@ def _valid(image: Tensor, sides: Sequence[int], grid: Grid) -> Tensor:
 
 @torch.inference_mode()
 def _compare(module: nn.Module, exported: Callable[[Tensor], Tensor], image: Tensor) -> Comparison:
-    expected = module(image)
     try:
-        found = exported(image)
+        expected, found = module(image), exported(image)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         raise ExportError(
-            f"the exported network fails on an input of shape {tuple(image.shape)}: {_cause(error)}; nothing was written"
+            f"an input of shape {tuple(image.shape)}, valid for the network's grid, makes it fail: {_cause(error)}"
         ) from error
     if found.shape != expected.shape:
-        raise ExportError(
-            f"the exported network gives {tuple(found.shape)} where the original gives {tuple(expected.shape)}; nothing was written"
-        )
+        raise ExportError(f"the exported network gives {tuple(found.shape)} where the original gives {tuple(expected.shape)}")
     difference = found - expected
     return Comparison(tuple(image.shape), float(difference.abs().max()), float(difference.norm() / expected.norm()))
 

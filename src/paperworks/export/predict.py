@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from paperworks import papers
-from paperworks.data.images import SUFFIXES, read_header, read_image, unit
+from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image, unit
 from paperworks.data.tiff import TiffRows, write_tiff
 from paperworks.errors import InputError
 from paperworks.export.onnx import load_onnx
 from paperworks.files import atomic
 from paperworks.nn.fuse import fast
-from paperworks.tasks.base import Grid, Refiner, Spec, override
+from paperworks.tasks.base import Grid, Refiner, Spec, grid_of, override
 from paperworks.tasks.drawing import colour, overlay
 from paperworks.tasks.segmentation import Deployed
 from paperworks.tasks.tiling import predict_array, predict_slabs
@@ -61,7 +62,7 @@ def load_model(source: str | Path) -> Model:
     path = Path(source)
     if path.suffix == ".onnx":
         exported = load_onnx(path)
-        return Model(path, read_spec(exported.spec), exported.grid, exported)
+        return Model(path, read_spec(json.loads(exported.spec_json)), exported.grid, exported)
     if not path.is_dir():
         raise InputError(f"{path} is neither a run folder nor an .onnx file" + ("" if path.exists() else " (it does not exist)"))
     run = Run.load(path)
@@ -139,7 +140,7 @@ def _jobs(inputs: Sequence[str | Path], out: Path) -> list[tuple[Path, Path]]:
     jobs: dict[Path, Path] = {}
     for given in map(Path, inputs):
         if given.is_dir():
-            found = sorted(p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+            found = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith("."))
             if not found:
                 raise InputError(f"{given} holds no images; give image files or a folder of them")
             relative = [(p, p.relative_to(given)) for p in found]

@@ -33,7 +33,8 @@ class Request:
     data: str
     variant: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    budget: Mapping[str, float | int | None]
+    budget: Mapping[str, Any]
+    """``seconds``, ``steps`` and ``epochs``, of which one is not None."""
     seed: int = 0
     limit: int | None = None
     """Train on the first so many items only."""
@@ -119,7 +120,8 @@ class Run:
 
 def read_spec(record: Mapping[str, Any]) -> Spec:
     """A ``Spec`` from JSON, whose lists become tuples again."""
-    return Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    return Spec(**values)
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
