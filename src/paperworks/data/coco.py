@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from pycocotools import mask as rle
 
+from paperworks.data.images import quietly
 from paperworks.data.labels import IGNORE, SETTINGS, Settings, read_json
 from paperworks.data.layouts import SPLITS, Found, Item, Problem, is_hidden
 from paperworks.errors import InputError
@@ -72,7 +73,8 @@ class Annotations:
                     raise InputError(f"{where} has run lengths that do not add up to its size; export it again")
             else:
                 raise InputError(f"{where} has a box and no outline; add one or remove it")
-            return rle.decode(cast(Any, coded)).astype(bool)
+            with quietly():  # pycocotools speaks numpy 1
+                return rle.decode(cast(Any, coded)).astype(bool)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise InputError(f"{where} has an outline that cannot be read ({' '.join(str(error).split())[:80]}); export it again") from None
 

@@ -74,7 +74,8 @@ class Scan:
     """Per channel: sum of their squares."""
     samples: np.ndarray | None
     """Pixels x channels of a float image."""
-    digest: str
+    digest: str = ""
+    """Name and hash of the files' contents."""
     values: Values | None = None
     objects: int = 0
     outside: int = 0
@@ -91,7 +92,7 @@ def is_float(dtype: str) -> bool:
     return dtype not in ("uint8", "uint16")
 
 
-def scan_image(array: np.ndarray, bit_depth: int, digest: str, samples: int) -> Scan:
+def scan_image(array: np.ndarray, bit_depth: int, samples: int) -> Scan:
     """Sums over one image H W C, in blocks of rows."""
     channels = array.shape[2]
     total, squares, maximum = np.zeros(channels), np.zeros(channels), -np.inf
@@ -106,7 +107,7 @@ def scan_image(array: np.ndarray, bit_depth: int, digest: str, samples: int) -> 
     if is_float(array.dtype.name):
         flat = array.reshape(-1, channels)
         kept = np.array(flat[:: max(1, len(flat) // samples)], dtype=np.float64)
-    return Scan((array.shape[0], array.shape[1]), array.dtype.name, bit_depth, maximum, total, squares, kept, digest)
+    return Scan((array.shape[0], array.shape[1]), array.dtype.name, bit_depth, maximum, total, squares, kept)
 
 
 def scan_mask(raw: np.ndarray, inside: np.ndarray | None = None) -> Values:

@@ -321,8 +321,8 @@ def _examine(root: Path, found: Found, reader: _Reader, progress: Progress | Non
     said = json.dumps([dataclasses.asdict(found.settings), found.label_folder, found.layout])
     files = [p for i in everything for p in _files(i)]
     key = cache_key(root, [*files, *found.files], said + json.dumps([[i.name, i.mask is not None] for i in everything]))
-    if (kept := load_cache(key)) is not None:
-        return _recall(kept)
+    if (kept := load_cache(key)) is not None and (seen := _recall(kept)) is not None:
+        return seen
     samples = samples_per_image(len(everything))
     results = run(everything, lambda item: _scan(item, reader, samples), progress)
     problems = [_problem(i, r) for i, r in zip(everything, results) if isinstance(r, InputError)]
@@ -354,7 +354,7 @@ def _scan(item: Item, reader: _Reader, samples: int) -> Scan:
     image = reader.image(item)
     height, width = image.shape[:2]
     header = read_header(item.images[0])
-    scan = scan_image(image, header.bit_depth, f"{item.name} {digest(_files(item))}", samples)
+    scan = scan_image(image, header.bit_depth, samples)
     turned = " (after its EXIF orientation)" if header.orientation >= 5 else ""
 
     def same_size(array: np.ndarray, path: Path) -> None:
@@ -380,6 +380,7 @@ def _scan(item: Item, reader: _Reader, samples: int) -> Scan:
         if reader.notes.masks:
             classes, numbers = reader.drawn(item)
             scan.values, scan.objects = scan_mask(classes), int(numbers.max(initial=0))
+    scan.digest = f"{item.name} {digest(_files(item))}"
     return scan
 
 
@@ -457,11 +458,15 @@ def _keep(seen: _Examined) -> dict[str, Any]:
     }
 
 
-def _recall(kept: dict[str, Any]) -> _Examined:
-    coding = kept["coding"]
-    return _Examined(
-        Fingerprint.from_dict(kept["fingerprint"]) if kept["fingerprint"] else None,
-        Coding(coding["instances"], tuple(coding["names"]), tuple((v, c) for v, c in coding["codes"]), coding["rule"]),
-        [Problem(Path(path), what, fix) for path, what, fix in kept["problems"]],
-        set(kept["bad"]),
-    )
+def _recall(kept: dict[str, Any]) -> _Examined | None:
+    """The inverse of ``_keep``; None when a file in the cache is not one of ours."""
+    try:
+        coding = kept["coding"]
+        return _Examined(
+            Fingerprint.from_dict(kept["fingerprint"]) if kept["fingerprint"] else None,
+            Coding(coding["instances"], tuple(coding["names"]), tuple((v, c) for v, c in coding["codes"]), coding["rule"]),
+            [Problem(Path(path), what, fix) for path, what, fix in kept["problems"]],
+            set(kept["bad"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None

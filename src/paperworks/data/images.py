@@ -10,7 +10,8 @@ import logging
 import struct
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -39,7 +40,7 @@ _PIL_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM")
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
 _PNG_PALETTE = 3
 _ORIENTATION = 0x0112
-_PIL_OPEN = threading.Lock()  # warnings filters belong to the process, and files are read by several threads
+_FILTERS = threading.Lock()  # the filters of warnings belong to the process, and files are read by several threads
 
 # tifffile reports damaged tags to its log before it raises; what it raises is what we report.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -131,7 +132,7 @@ def unit(array: np.ndarray, value_range: tuple[float, float], channels: int) -> 
 
     array = _fit_channels(array, channels)
     low, high = value_range
-    scaled = np.ascontiguousarray(array.transpose(2, 0, 1), dtype=np.float32)
+    scaled = np.array(array.transpose(2, 0, 1), dtype=np.float32, order="C")  # a copy: the array may be kept by others
     scaled -= np.float32(low)
     scaled /= np.float32(high - low)
     return torch.from_numpy(scaled).clamp_(0, 1)
@@ -194,6 +195,14 @@ def _magic(path: Path) -> str:
     ):
         return "other"
     raise InputError(f"{path} is not an image (no PNG, JPEG, TIFF, BMP, GIF, WebP or PNM); remove it or save it as PNG")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep a library's warnings to ourselves; one thread at a time, so only around what is short."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _check_pixels(path: Path, height: int, width: int, limit: int) -> None:
@@ -260,8 +269,7 @@ def _tiff_layout(tiff: tifffile.TiffFile) -> tuple[Header, str]:
 
 def _open(path: Path) -> Image.Image:
     """Open with Pillow, header only. What it would only warn about is our own limit's business."""
-    with _PIL_OPEN, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quietly():
         try:
             image = Image.open(path, formats=_PIL_FORMATS)
             image.getexif()
@@ -276,9 +284,9 @@ def _open(path: Path) -> Image.Image:
 def _decode_image(path: Path, max_pixels: int | None) -> np.ndarray:
     kind = _magic(path)
     if kind == "TIFF":
-        array, page = _decode_tiff(path, max_pixels)
-        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
-            return np.moveaxis(page.colormap >> 8, 0, -1).astype(np.uint8)[array[:, :, 0]]
+        array, palette = _decode_tiff(path, max_pixels)
+        if palette is not None:
+            return palette[array[:, :, 0]]
         return array * np.uint8(255) if array.dtype == bool else array
     header = _header(path, kind)
     _check_pixels(path, header.height, header.width, max_pixels or MAX_DECODED)
@@ -324,7 +332,8 @@ def _decode_mask(path: Path, max_pixels: int | None) -> np.ndarray:
         return np.array(image if image.mode in ("RGB", "RGBA", "LA", "I") else image.convert("RGB"))
 
 
-def _decode_tiff(path: Path, max_pixels: int | None) -> tuple[np.ndarray, tifffile.TiffPage]:
+def _decode_tiff(path: Path, max_pixels: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """H W C, and the RGB of each palette index where there is a palette."""
     with tifffile.TiffFile(path) as tiff:
         header, axes = _tiff_layout(tiff)
         series, page = tiff.series[0], tiff.series[0].keyframe
@@ -332,6 +341,8 @@ def _decode_tiff(path: Path, max_pixels: int | None) -> tuple[np.ndarray, tifffi
         mapped = series.dataoffset is not None and page.is_memmappable and series.nbytes >= _MAP_FROM
         _check_pixels(path, header.height, header.width, max_pixels or (MAX_MAPPED if mapped else MAX_DECODED))
         array = tifffile.memmap(path, mode="r") if mapped else series.asarray()
+        colours = page.colormap if page.photometric == tifffile.PHOTOMETRIC.PALETTE else None
+        palette = None if colours is None else np.moveaxis(colours >> 8, 0, -1).astype(np.uint8)
     array = array.reshape([n for a, n in zip(series.axes, series.shape) if n > 1 or a in "YX"])
     if axes[-2:] == "YX" and len(axes) == 3:  # planes: S Y X or C Y X
         array = np.moveaxis(array, 0, -1)
@@ -339,7 +350,7 @@ def _decode_tiff(path: Path, max_pixels: int | None) -> tuple[np.ndarray, tifffi
         raise InputError(f"{path} has the axes {axes}; save it as one image of height, width and channels")
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
         array = ~array
-    return _channels_last(array), page
+    return _channels_last(array), palette
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
