@@ -109,10 +109,12 @@ class Permutohedral:
 
         Colours k and l of one simplex are |k - l| directions apart, or d + 1 - |k - l| the other way round.
         """
-        colour = torch.arange(self.weight.shape[1], device=self.weight.device)
+        d = self.weight.shape[1] - 1
+        colour = torch.arange(d + 1, device=self.weight.device)
         apart = (colour[:, None] - colour).abs()
-        passed = 0.5**apart + 0.5 ** (len(colour) - apart)
-        return ((self.weight @ passed.to(self.weight)) * self.weight).sum(1)
+        passed = (0.5**apart + 0.5 ** (d + 1 - apart)).to(self.weight)
+        passed.diagonal().add_(0.5 ** (d + 1))  # all the way round in either sense
+        return ((self.weight @ passed) * self.weight).sum(1)
 
 
 Blur = tuple[Int[Tensor, "M 3"], Float[Tensor, "M 3"]]

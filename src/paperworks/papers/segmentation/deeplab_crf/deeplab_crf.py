@@ -15,8 +15,6 @@ Shapes: B batch, C image channels, K classes, h w = H W / 8 the score map, N = H
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -155,14 +153,14 @@ def kernels(image: Float[Tensor, "C H W"], config: DenseCRFConfig) -> list[tuple
     y, x = torch.meshgrid(torch.arange(h).to(image), torch.arange(w).to(image), indexing="ij")
     position = torch.stack([x, y])
     appearance = torch.cat([position / config.sigma_alpha, image * 255 / config.sigma_beta])
-    return [(w_m, f.flatten(1).T) for w_m, f in ((config.w1, appearance), (config.w2, position / config.sigma_gamma)) if w_m]
+    return [(config.w1, appearance.flatten(1).T), (config.w2, (position / config.sigma_gamma).flatten(1).T)]
 
 
 def gaussian(weight: float, features: Float[Tensor, "N d"]) -> Permutohedral:
     """W D^-1/2 K D^-1/2, where K is the lattice's Gaussian and D its row sums: densecrf's symmetric normalisation."""
     lattice = Permutohedral(features)
     rows = lattice(torch.ones_like(features[:, :1])).squeeze(1)
-    return lattice.scaled(((rows + 1e-20) / weight).rsqrt())
+    return lattice.scaled(weight**0.5 * (rows + 1e-20).rsqrt())
 
 
 def mean_field(unary: Float[Tensor, "N K"], message: Callable[[Tensor], Tensor], iterations: int) -> Float[Tensor, "N K"]:
@@ -185,10 +183,10 @@ def dense_crf(config: DenseCRFConfig) -> Refiner:
 
     def refine(image: Float[Tensor, "C H W"], probabilities: Float[Tensor, "K H W"]) -> Float[Tensor, "K H W"]:
         unary = -probabilities.flatten(1).T.clamp(min=1e-5).log().contiguous()  # N K; of a zero no image could talk a pixel out
-        parts = [gaussian(w, f) for w, f in kernels(image.to(unary), config)]
-        message = functools.reduce(operator.add, parts)
+        appearance, smoothness = (gaussian(w, f) for w, f in kernels(image.to(unary), config))
+        message = appearance + smoothness
         if config.exclude_self:
-            to_self = torch.stack([part.diagonal() for part in parts], 1).sum(1, keepdim=True)
+            to_self = (appearance.diagonal() + smoothness.diagonal())[:, None]
             refined = mean_field(unary, lambda q: message(q) - to_self * q, config.iterations)
         else:
             refined = mean_field(unary, message, config.iterations)
