@@ -1,0 +1,71 @@
+"""Write the table of papers into README.md and README.zh.md, between the markers; ``--check`` only looks whether they are up to date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from paperworks import evidence, papers
+from paperworks.study.audit import audit
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- papers: written by `make docs` -->", "<!-- end of papers -->"
+WORDS = {
+    "README.md": {
+        "head": ("paper", "year", "task", "level", "claim", "fidelity", "on its pack", "verdict"),
+        "held": "held",
+        "not held": "did not hold",
+        None: "not run",
+        "deployable": "deployable",
+        "buildable": "buildable",
+        "watch": "watch",
+        "segmentation": "segmentation",
+    },
+    "README.zh.md": {
+        "head": ("论文", "年份", "任务", "证据等级", "主张", "保真度", "在其数据包上", "结论"),
+        "held": "成立",
+        "not held": "未成立",
+        None: "未运行",
+        "deployable": "可落地",
+        "buildable": "可构建系统",
+        "watch": "需关注",
+        "segmentation": "分割",
+    },
+}
+
+
+def table(words: dict) -> str:
+    """The Markdown table of all papers."""
+    rows = [words["head"], ("---",) * len(words["head"])]
+    for card in papers.cards().values():
+        found, usable = audit(card.id, stale=False), evidence.read(card.id, "usable")
+        fidelity = f"{found['fidelity']:.0e} ({found['against']})" if found["fidelity"] is not None else "-"
+        pack = f"{usable['metric']} {usable['value']:.3f} ({usable['baseline']:.3f}), {usable['budget_seconds']:g} s" if usable else "-"
+        name = f"[{card.title.split(':')[0]}](src/paperworks/papers/{card.section}/{card.id}/note{'.zh' if words['held'] == '成立' else ''}.md)"
+        rows.append(
+            (f"`{card.id}` {name}", str(card.year), words[card.task], str(found["level"]), words[found["claim"]], fidelity, pack, words[found["verdict"]])
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main() -> int:
+    """Rewrite both files, or with --check say which is out of date."""
+    outdated = []
+    for name, words in WORDS.items():
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        after = rest.split(END)[1]
+        new = f"{before}{BEGIN}\n{table(words)}\n{END}{after}"
+        if new != text:
+            outdated.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    if "--check" in sys.argv and outdated:
+        print(f"out of date: {', '.join(outdated)}; run `make docs`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
