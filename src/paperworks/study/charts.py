@@ -239,7 +239,7 @@ def front_chart(
         y = min(max(p.quality, bottom), top)
         text = p.name if y == p.quality else f"{p.name} {decimal(p.quality)}"
         weight, colour = ("bold", _INK) if p in on else ("normal", _MUTED)
-        size = (_width(_short(text)) * (1.06 if p in on else 1.0), _SIZE + 2)
+        size = (_width(_short(text)) * (1.13 if p in on else 1.0), _SIZE + 2)
         offset, box = _free(_pixel(axes, p.cost, y), size, taken, (frame.x0, frame.y0, frame.x1 + 8, frame.y1 + 10))
         taken.append(box)
         note = axes.annotate(words(text), (p.cost, y), offset, "data", "offset points", fontsize=_SIZE, annotation_clip=False, zorder=5)
@@ -268,7 +268,7 @@ def _free(centre: Sequence[float], size: tuple[float, float], taken: list[Box], 
         out = max(0.0, frame[0] - box[0]) + max(0.0, box[2] - frame[2]) + max(0.0, frame[1] - box[1]) + max(0.0, box[3] - frame[3])
         return over + 20 * out
 
-    beside, above = size[0] / 2 + 8, size[1] / 2 + 7
+    beside, above = size[0] / 2 + 9, size[1] / 2 + 7
     offsets = [(beside, 0.0), (0.0, above), (0.0, -above), (-beside, 0.0)]
     offsets += [(sx * (beside - 3), sy * far) for far in (above - 2, 2 * above, 3 * above) for sx in (1, -1) for sy in (1, -1)]
     boxes = [_box(centre[0] + dx, centre[1] + dy, *size) for dx, dy in offsets]

@@ -30,10 +30,10 @@ function sortBy(head) {
 }
 
 async function copy(button) {
-  const code = button.parentElement.querySelector("code");
+  const command = button.closest(".command"), code = command.querySelector("code");
   try { await navigator.clipboard.writeText(code.textContent); }
   catch { getSelection().selectAllChildren(code); document.execCommand("copy"); }
-  button.parentElement.querySelector("[role=status]").textContent = root.lang === "zh" ? "已复制" : "copied";
+  command.querySelector("[role=status]").textContent = root.lang === "zh" ? "已复制" : "copied";
 }
 
 function light(button) {
@@ -65,7 +65,7 @@ document.addEventListener("DOMContentLoaded", () => {
     if (!button) return;
     if (button.matches(".language")) { root.lang = root.lang === "zh" ? "en" : "zh"; store.set(root.lang); translate(); }
     else if (button.matches("th button")) sortBy(button.parentElement);
-    else if (button.matches(".copy")) copy(button);
+    else if (button.matches(".command .copy")) copy(button);
     else if (button.matches("[data-key]")) light(button);
     else if (button.matches(".strip button")) zoom(button);
     else if (button.matches("dialog button")) step(Number(button.dataset.step));
