@@ -168,6 +168,15 @@ def test_nnunet(tmp_path, save):
     np.testing.assert_array_equal(image[..., 1], read_image(tmp_path / "imagesTr" / "case_1_0001.png")[..., 0])
 
 
+def test_nnunet_with_one_rgb_file_for_three_named_channels(tmp_path, save):
+    for name in "ab":
+        save(tmp_path / "imagesTr" / f"{name}_0000.png", picture())
+        save(tmp_path / "labelsTr" / f"{name}.png", square(1))
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "road": 1}}')
+    folder = open_folder(tmp_path)
+    assert len(folder.items) == 2 and folder.fingerprint.channels == 3 and not folder.problems
+
+
 def coco(tmp_path, save, outline, name="annotations.json", files=("a.png", "b.png"), **more):
     for file in files:
         save(tmp_path / "images" / file, picture())

@@ -7,7 +7,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,15 +104,15 @@ class Folder:
     layout: str
     task: str
     """``segmentation``, ``detection`` (boxes only) or ``images`` (no labels)."""
-    items: tuple[Item, ...]
+    items: tuple[Item, ...] = field(repr=False)
     """Usable items with labels, by name."""
-    unlabelled: tuple[Item, ...]
+    unlabelled: tuple[Item, ...] = field(repr=False)
     """Usable images without labels."""
-    problems: tuple[Problem, ...]
-    coding: Coding
+    problems: tuple[Problem, ...] = field(repr=False)
+    coding: Coding = field(repr=False)
     fingerprint: Fingerprint
     settings: Settings
-    _reader: _Reader
+    _reader: _Reader = field(repr=False)
     ignore: int = IGNORE
     """Where ``mask`` says this, the pixel does not count."""
 
@@ -329,7 +329,7 @@ def _examine(root: Path, found: Found, reader: _Reader, progress: Progress | Non
     bad = {i.name for i, r in zip(everything, results) if isinstance(r, InputError)}
     scans = {i.name: r for i, r in zip(everything, results) if isinstance(r, Scan)}
 
-    channels = _alike(everything, scans, problems, bad, found.settings)
+    channels = _alike(root, everything, scans, problems, bad, found.settings)
     coding = _coding(root, found, reader, scans, bad)
     for item in found.items:
         if item.name in scans and item.name not in bad and (problem := _unknown_labels(item, scans[item.name], coding)):
@@ -393,7 +393,7 @@ def _problem(item: Item, error: InputError) -> Problem:
     return Problem(path, what, fix)
 
 
-def _alike(items: Sequence[Item], scans: dict[str, Scan], problems: list[Problem], bad: set[str], settings: Settings) -> int:
+def _alike(root: Path, items: Sequence[Item], scans: dict[str, Scan], problems: list[Problem], bad: set[str], settings: Settings) -> int:
     """How many channels the set has. Images of another type than most, or whose channels cannot be brought in line, are problems."""
     if not scans:
         return 0
@@ -412,9 +412,8 @@ def _alike(items: Sequence[Item], scans: dict[str, Scan], problems: list[Problem
             problems.append(Problem(item.images[0], f"has {scan.channels} channels where most images have {channels}", "save all alike"))
             bad.add(item.name)
     if settings.channels is not None and len(settings.channels) != channels:
-        raise InputError(
-            f"{len(settings.channels)} channels are named ({', '.join(settings.channels)}) and the images have {channels}; correct {SETTINGS}"
-        )
+        named = f"{len(settings.channels)} channels are named ({', '.join(settings.channels)})"
+        raise InputError(f"{root}: {named} and the images have {channels}; correct {SETTINGS} or dataset.json")
     return channels
 
 

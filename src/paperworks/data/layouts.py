@@ -6,7 +6,7 @@ A layout is found from names only, but for one case: two sibling folders of whic
 from __future__ import annotations
 
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -364,13 +364,13 @@ def _nnunet(root: Path, settings: Settings) -> Found:
         for file in sorted((root / labels).glob("*")):
             if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file, root):
                 masks[_stem(file)].append(file)
+        # Not the number of names in dataset.json: one RGB file may hold three of them.
+        usual = Counter(map(len, cases.values())).most_common(1)[0][0] if cases else 0
         for name, numbered in cases.items():
             paths = tuple(numbered[i] for i in sorted(numbered))
-            if sorted(numbered) != list(range(len(channels) or len(numbered))):
+            if sorted(numbered) != list(range(usual)):
                 found.problems.append(
-                    Problem(
-                        paths[0], f"has the channels {sorted(numbered)}, and dataset.json names {len(channels)}", "add the missing ones"
-                    )
+                    Problem(paths[0], f"has the channel files {sorted(numbered)} where most have {usual}", "add the missing ones")
                 )
             elif len(masks[name]) == 1:
                 found.items.append(Item(name=name, images=paths, mask=masks[name][0], split=split))
