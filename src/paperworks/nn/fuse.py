@@ -14,11 +14,16 @@ NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fast(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` for prediction: :func:`fused`, and its 2-D convolutions in the layout ``channels_last``.
+    """A copy of ``module`` for prediction, :func:`fused` and with :func:`channels_last` weights.
 
     It gives the same output, but for rounding, and cannot be trained. The module itself is left as it is.
     """
-    copy = fused(module)
+    return channels_last(fused(module))
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` in evaluation mode whose 2-D convolutions keep the channels of a pixel side by side in memory, as kernels like it."""
+    copy = deepcopy(module).eval()
     for part in copy.modules():
         if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,10 +1,17 @@
-"""Where a number was measured, and how long things take there: what stands beside every recorded time."""
+"""Where a number was measured, and how time and memory are taken there.
+
+Imports nothing but torch, as the fresh process in which memory is measured begins here.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -12,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+CLEAR = Path("/proc/self/clear_refs")
+"""Linux: resets the high-water mark of a process's memory."""
 
 
 def versions() -> dict[str, str]:
@@ -28,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: names of ``cpu`` and ``gpu`` (or None), ``cores`` that we may use, ``threads`` that torch uses, ``memory_gib``, ``system``."""
+    """The machine: ``cpu`` and ``gpu`` (or None), ``cores`` that we may use, ``threads`` that torch uses, ``memory_gib``, ``system``."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -98,3 +109,50 @@ def summary(times: list[float]) -> dict[str, float]:
     ordered = sorted(times)
     p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
     return {"p50": round(1e3 * statistics.median(ordered), 3), "p95": round(1e3 * p95, 3), "n": len(ordered)}
+
+
+def peak_memory(module: nn.Module, image: Tensor, *, smallest: Tensor) -> float | None:
+    """MiB by which one forward pass raises the memory in use at its highest; None on a CPU without Linux.
+
+    Args:
+        module: what is run; it must be importable where it is defined.
+        image: its input.
+        smallest: a small input of the same kind, for a first pass whose one-time costs do not count.
+    """
+    if image.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.inference_mode():
+            module(image)
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    if not CLEAR.exists():
+        return None
+    # A fresh process: in this one, memory that was freed before would be used again and not be seen.
+    child = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import resident; resident()"],
+        input=pickle.dumps((module, tuple(image.shape), tuple(smallest.shape), torch.get_num_threads())),
+        capture_output=True,
+    )
+    if child.returncode:
+        raise RuntimeError(f"measuring memory failed: {(child.stderr.decode(errors='replace').strip() or 'no message').splitlines()[-1]}")
+    return json.loads(child.stdout)
+
+
+def resident() -> None:
+    """In the fresh process: read a module and shapes of inputs from the parent on stdin, print the MiB that a forward pass takes."""
+    module, shape, smallest, threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    image = torch.rand(shape)
+    with torch.inference_mode():
+        module(torch.rand(smallest))
+        # Not getrusage: its high-water mark outlives exec and begins with the parent's. Writing 5 resets the process's own.
+        CLEAR.write_text("5")
+        before = _status("VmRSS")
+        module(image)
+    print(round((_status("VmHWM") - before) / 1024, 1))
+
+
+def _status(key: str) -> int:
+    """A line of this process's status, KiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
