@@ -147,7 +147,7 @@ def sorensen_dice(logits: Float[Tensor, "B K *S"], target: Int[Tensor, "B ..."],
     predicted scores 2, not 1, so the loss of a perfect answer can be negative.
     """
     valid = (target != IGNORE).unsqueeze(1)
-    p = logits.softmax(1) * valid
+    p = logits.float().softmax(1) * valid
     t = F.one_hot(target.where(target != IGNORE, 0), logits.shape[1]).movedim(-1, 1) * valid
     axes = tuple(range(2, logits.ndim))
     return 1 - (2 * ((p * t).sum(axes) + smooth) / (p.sum(axes) + t.sum(axes) + smooth)).mean()

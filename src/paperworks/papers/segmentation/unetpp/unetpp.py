@@ -132,7 +132,7 @@ def hybrid_loss(logits: Float[Tensor, "B K *S"], target: Int[Tensor, "B ..."]) -
     probability p is left of the sums: -log p and -2 p / (1 + p^2). A perfect answer costs 0 - 1 = -1.
     """
     valid = target != IGNORE
-    log_p = logits.log_softmax(1).gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)  # of the true class, B *S
+    log_p = logits.float().log_softmax(1).gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)  # of the true class, B *S
     p = log_p.exp()
     pixels = valid.sum().clamp_min(1)
     return -(log_p * valid).sum() / pixels, -(2 * p / (1 + p**2) * valid).sum() / pixels
