@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paperworks.data.tiff import TiffRows, write_tiff
 from paperworks.errors import InputError
 from paperworks.tasks.base import Grid
-from paperworks.tasks.tiling import _axis, predict_array, predict_slabs, predict_tiff
+from paperworks.tasks.tiling import _axis, padded, predict_array, predict_slabs
 
 
 class Valid(nn.Module):
@@ -39,7 +39,7 @@ def valid() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def padded() -> nn.Module:
+def same() -> nn.Module:
     """Receptive field of 4 pixels to either side."""
     torch.manual_seed(0)
     return nn.Sequential(*(m for i in range(4) for m in (nn.Conv2d(3 if i else 1, 3, 3, padding=1), nn.Tanh()))).eval()
@@ -77,11 +77,11 @@ def test_steps_off_the_grid_would_not_be_exact(valid):
     assert (off - whole[:, 10:56, 10:56]).abs().max() > 1e-2
 
 
-def test_with_padding_tiles_are_exact_off_their_edges(padded):
+def test_with_padding_tiles_are_exact_off_their_edges(same):
     x, grid = image(120, 90), Grid()
-    whole = predict_array(padded, x, grid, window=1000)
-    assert torch.equal(whole, padded(x[None])[0].detach())
-    tiled = predict_array(padded, x, grid, window=40, overlap=0.5, batch=4)
+    whole = predict_array(same, x, grid, window=1000)
+    assert torch.equal(whole, same(x[None])[0].detach())
+    tiled = predict_array(same, x, grid, window=40, overlap=0.5, batch=4)
     rows, columns = (_axis(n, grid, 40, 0.5) for n in (120, 90))
     # Share of what reaches each pixel from windows that see all of its receptive field.
     seen = [torch.zeros(n) for n in (120, 90)]
@@ -97,7 +97,7 @@ def test_with_padding_tiles_are_exact_off_their_edges(padded):
     assert 0.3 < exact.float().mean() < 1
     error = (tiled - whole).abs().amax(0)
     assert error[exact].max() < 1e-5
-    assert error.max() < 0.02 < (predict_array(padded, x, grid, window=40, overlap=0) - whole).abs().max()  # blending is worth its price
+    assert error.max() < 0.02 < (predict_array(same, x, grid, window=40, overlap=0) - whole).abs().max()  # blending is worth its price
 
 
 @pytest.mark.parametrize("grid", [Grid(), Grid(16), Grid(8, offset=1), Grid(16, offset=12, margin=92), Grid(4, 2, 8)])
@@ -130,6 +130,18 @@ def test_an_image_smaller_than_the_padding_is_mirrored_again_and_again(valid):
     assert predict_array(forward, x, Valid.grid).shape == (3, 3, 2)
     expected = np.pad(x[0].numpy(), ((8, 22 - 11), (8, 18 - 10)), mode="reflect")
     np.testing.assert_array_equal(seen[0][0, 0].numpy(), expected)
+
+
+def test_padded_is_what_one_window_sees():
+    x, grid = image(37, 50), Grid(16, 12, 4)
+    seen = []
+
+    def forward(b: Tensor) -> Tensor:
+        seen.append(b)
+        return b[..., 4:-4, 4:-4]
+
+    assert torch.allclose(predict_array(forward, x, grid), x, atol=1e-6)
+    assert torch.equal(seen[0][0], padded(x, grid)) and padded(x, grid).shape == (1, 60, 60)
 
 
 def test_one_pass_when_it_fits():
@@ -246,7 +258,10 @@ def test_tiff_to_tiff(tmp_path: Path, valid):
     def forward(x: Tensor) -> Tensor:
         return valid(x).softmax(1)
 
-    predict_tiff(forward, tmp_path / "a.tif", tmp_path / "m.tif", unit, Valid.grid, probabilities=tmp_path / "p.tif", window=200)
+    with TiffRows(tmp_path / "a.tif") as rows:
+        slabs = list(predict_slabs(forward, lambda a, b: unit(rows(a, b)), rows.height, rows.width, Valid.grid, window=200))
+    write_tiff(tmp_path / "m.tif", (slab.argmax(0).numpy() for slab in slabs), 700, 607, np.uint8)
+    write_tiff(tmp_path / "p.tif", (slab.permute(1, 2, 0).numpy() for slab in slabs), 700, 607, np.float16, channels=3)
     expected = predict_array(forward, unit(pixels[..., None]), Valid.grid, window=1000)
     mask, probabilities = tifffile.imread(tmp_path / "m.tif"), tifffile.imread(tmp_path / "p.tif")
     assert mask.dtype == np.uint8 and probabilities.dtype == np.float16

@@ -9,6 +9,7 @@ import numpy as np
 import tifffile
 
 from paperworks.errors import InputError
+from paperworks.files import atomic
 
 TILE = 512
 """Side of the tiles of the files written here."""
@@ -94,21 +95,19 @@ def write_tiff(path: Path, rows: Iterable[np.ndarray], height: int, width: int, 
     No more is held than a row of tiles and the run that is added to it. The file appears under its name when it is complete.
     """
     depth = () if channels == 1 else (channels,)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with tifffile.TiffWriter(partial, bigtiff=height * width * channels * np.dtype(dtype).itemsize > 2**31) as file:
-            file.write(
-                _tiles(rows, width, np.dtype(dtype), depth),
-                shape=(height, width, *depth),
-                dtype=dtype,
-                tile=(TILE, TILE),
-                compression="zlib",
-                photometric="minisblack",
-                planarconfig="contig" if depth else None,
-            )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic(path) as temporary,
+        tifffile.TiffWriter(temporary, bigtiff=height * width * channels * np.dtype(dtype).itemsize > 2**31) as file,
+    ):
+        file.write(
+            _tiles(rows, width, np.dtype(dtype), depth),
+            shape=(height, width, *depth),
+            dtype=dtype,
+            tile=(TILE, TILE),
+            compression="zlib",
+            photometric="minisblack",
+            planarconfig="contig" if depth else None,
+        )
 
 
 def _tiles(rows: Iterable[np.ndarray], width: int, dtype: np.dtype, depth: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torch import Tensor
 
-Picture = UInt8[ndarray, "H W 3"]
+Picture = UInt8[ndarray, "_ _ 3"]
 
 # Okabe and Ito's colours, which people with any of the common colour blindnesses tell apart; sky blue first, black left out.
 PALETTE = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178))

@@ -187,7 +187,7 @@ def hd95(predicted: Bool[ndarray, "*size"], true: Bool[ndarray, "*size"], spacin
     return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 
-def _ratio(part: ndarray, whole: ndarray, empty: float = float("nan")) -> ndarray:
+def _ratio(part: ndarray | np.floating, whole: ndarray | np.floating, empty: float = float("nan")) -> ndarray:
     """Part / whole, and ``empty`` where the whole is zero."""
     return np.divide(part, whole, out=np.full(np.shape(whole), empty), where=np.asarray(whole) > 0)
 

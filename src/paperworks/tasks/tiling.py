@@ -13,18 +13,14 @@ but the weighted predictions. For volumes, ``_axis`` would be called for the dep
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from paperworks.data.augment import mirrored
-from paperworks.data.tiff import TILE, TiffRows, write_tiff
 from paperworks.tasks.base import Grid
 
 Forward = Callable[[Tensor], Tensor]
@@ -133,53 +129,6 @@ def predict_array(
         top += slab.shape[1]
     assert result is not None
     return result
-
-
-def predict_tiff(
-    forward: Forward,
-    source: Path,
-    target: Path,
-    unit: Callable[[np.ndarray], Tensor],
-    grid: Grid,
-    *,
-    probabilities: Path | None = None,
-    window: int = 512,
-    overlap: float = 0.25,
-    batch: int = 1,
-) -> None:
-    """Predict a TIFF file of any size into a TIFF file of class indices (uint8, tiled, compressed), each by rows.
-
-    Args:
-        forward: as in :func:`predict_slabs`, which has the rest of the arguments too.
-        source: the image.
-        target: the classes; it appears when it is complete.
-        unit: pixels h W C in the file's type -> C h W in [0, 1].
-        grid: which sizes the network takes.
-        probabilities: where to write them too, H W K float16. They wait uncompressed in a temporary file beside it.
-        window: see there.
-        overlap: see there.
-        batch: see there.
-    """
-    with TiffRows(source) as rows, tempfile.TemporaryDirectory(dir=probabilities.parent if probabilities else None) as folder:
-        height, width = rows.height, rows.width
-        spool = None
-        slabs = predict_slabs(forward, lambda a, b: unit(rows(a, b)), height, width, grid, window=window, overlap=overlap, batch=batch)
-
-        def classes() -> Iterator[np.ndarray]:
-            nonlocal spool
-            top = 0
-            for slab in slabs:
-                if probabilities:
-                    if spool is None:
-                        spool = np.memmap(Path(folder) / "spool", np.float16, "w+", shape=(height, width, slab.shape[0]))
-                    spool[top : top + slab.shape[1]] = slab.permute(1, 2, 0).half().numpy()
-                top += slab.shape[1]
-                yield slab.argmax(0).to(torch.uint8).numpy()
-
-        write_tiff(target, classes(), height, width, np.uint8)
-        if probabilities and spool is not None:
-            parts = (spool[top : top + TILE] for top in range(0, height, TILE))
-            write_tiff(probabilities, parts, height, width, np.float16, channels=spool.shape[2])
 
 
 def padded(image: Float[Tensor, "C H W"], grid: Grid) -> Float[Tensor, "C h w"]:
