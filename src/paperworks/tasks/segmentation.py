@@ -67,6 +67,16 @@ class Segmentation:
             instances=self.folder.instances,
         )
 
+    def check(self, spec: Spec) -> None:
+        """Refuse data on which a network built for ``spec`` cannot be measured.
+
+        Raises:
+            InputError: other classes or channels.
+        """
+        for what, ours, theirs in (("classes", self.spec.classes, spec.classes), ("channels", self.spec.channels, spec.channels)):
+            if ours != theirs:
+                raise InputError(f"{self.folder.source} has {what} {ours} where the model was trained on {theirs}; give data of the same kind")
+
     def sample(self, item: Item) -> Sample:
         """One example as it lies on the disk."""
         mask = torch.from_numpy(self.folder.mask(item).astype(np.int64))
