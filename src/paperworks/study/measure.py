@@ -110,6 +110,7 @@ def measure_subject(
     size: int | None = None,
     channels: int = 3,
     classes: int = 2,
+    seconds: float = 2.0,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a paper, with fresh weights, or a run; its ONNX form too where it exports.
@@ -120,6 +121,7 @@ def measure_subject(
         size: sides of the image; default: those of the run's data, or 256 (64 for volumes).
         channels: of the image, for a paper.
         classes: for a paper.
+        seconds: spent on each form at each batch size, about.
         progress: is told what is measured next.
 
     Returns:
@@ -163,4 +165,6 @@ def measure_subject(
             )
         except (ExportError, InputError) as error:
             exported, found["onnx"] = None, str(error)
-        return found | measure(deployed, channels=spec.channels, size=sides, grid=deployed.grid, onnx_path=exported, progress=progress)
+        return found | measure(
+            deployed, channels=spec.channels, size=sides, grid=deployed.grid, seconds=seconds, onnx_path=exported, progress=progress
+        )
