@@ -15,6 +15,7 @@ from pycocotools import mask as rle
 from torch.utils.data import DataLoader, Dataset
 
 from paperworks.data import open_folder, read_image
+from paperworks.data.coco import _counts
 from paperworks.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -213,6 +214,15 @@ def test_coco(tmp_path, save, outline):
         assert folder.fingerprint.objects == (1, 1, 1)
 
 
+def test_compressed_run_lengths_are_those_of_pycocotools():
+    for size in (1, 7, 200, 3000):
+        for density in (0.001, 0.1, 0.9):
+            mask = (RNG.random((size, 40)) < density).astype(np.uint8)
+            text = run_lengths(mask, True)["counts"]
+            counts = _counts(text)
+            np.testing.assert_array_equal(np.repeat(np.arange(len(counts)) % 2, counts), mask.ravel(order="F"))
+
+
 def test_coco_small_objects_lie_on_top_and_crowds_are_ignored(tmp_path, save):
     root = coco(tmp_path, save, [[3, 2, 7, 2, 7, 6, 3, 6]], files=("a.png",))
     content = json.loads((root / "annotations.json").read_text())
@@ -374,6 +384,18 @@ def test_class_names_and_what_is_ignored(tmp_path, save, file, content):
     folder = open_folder(root)
     assert folder.class_names == ("sky", "road", "car") and not folder.problems
     np.testing.assert_array_equal(folder.mask(folder.items[0]), np.where(mask == 3, 255, mask))
+
+
+def test_255_is_ignored_beside_named_classes_unless_another_value_is(tmp_path, save):
+    mask = square(2)
+    mask[0], mask[1] = 255, 1
+    root = masks(tmp_path, save, mask, square(1))
+    (root / "classes.txt").write_text("sky\nroad\ncar\n")
+    folder = open_folder(root)
+    np.testing.assert_array_equal(folder.mask(folder.items[0]), mask)
+    (root / "paperworks.json").write_text('{"ignore": 2}')
+    folder = open_folder(root)
+    assert [p.path.name for p in folder.problems if "labels 255" in p.what] == ["0.png"]
 
 
 def test_named_foreground_and_named_greys(tmp_path, save):

@@ -64,19 +64,39 @@ class Annotations:
                 # pycocotools walks along every edge, pixel by pixel, also where it is far outside.
                 if not all(abs(v) <= 10 * max(height, width) for p in corners for v in p):
                     raise InputError(f"{where} has corners far outside its image; correct or remove it")
-                coded = rle.merge(rle.frPyObjects(cast(Any, corners), height, width))
+                with quietly():  # pycocotools speaks numpy 1
+                    return rle.decode(rle.merge(rle.frPyObjects(cast(Any, corners), height, width))).astype(bool)
             elif isinstance(outline, dict):
                 if list(outline["size"]) != [height, width]:
                     raise InputError(f"{where} is {outline['size']} large and its image {[height, width]}; export it again")
-                coded = rle.frPyObjects(cast(Any, outline), height, width) if isinstance(outline["counts"], list) else outline
-                if isinstance(outline["counts"], list) and sum(outline["counts"]) != height * width:
+                counts = _counts(outline["counts"]) if isinstance(outline["counts"], str) else outline["counts"]
+                if not all(type(c) is int and c >= 0 for c in counts) or sum(counts) != height * width:
                     raise InputError(f"{where} has run lengths that do not add up to its size; export it again")
+                return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
             else:
                 raise InputError(f"{where} has a box and no outline; add one or remove it")
-            with quietly():  # pycocotools speaks numpy 1
-                return rle.decode(cast(Any, coded)).astype(bool)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
             raise InputError(f"{where} has an outline that cannot be read ({' '.join(str(error).split())[:80]}); export it again") from None
+
+
+def _counts(text: str) -> list[int]:
+    """Run lengths from COCO's compressed string: five bits a character; from the fourth number on, differences to the last but one.
+
+    Not left to pycocotools, which reads beyond its memory where a string does not add up to the image.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"the character {character!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (1 << shift) if bits & 16 else 0  # the last character's highest bit is the sign
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
 
 
 def annotation_files(root: Path) -> list[Path]:
@@ -127,6 +147,9 @@ def _check(path: Path, content: dict[str, Any]) -> None:
             missing = [k for k in keys if not isinstance(entry, dict) or k not in entry]
             if missing:
                 raise InputError(f"{path}: entry {i} of {part!r} has no {missing[0]!r}; export it again as COCO")
+            wrong = [k for k in keys if not isinstance(entry[k], int if k in ("width", "height") else int | str)]
+            if wrong:
+                raise InputError(f"{path}: entry {i} of {part!r} has {entry[wrong[0]]!r} as {wrong[0]!r}; export it again as COCO")
 
 
 def _read(path: Path, content: dict[str, Any], several: bool, found: Found, notes: Annotations) -> None:
