@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from paperworks.errors import InputError
 from paperworks.tasks import task
 from paperworks.tasks.base import Spec, grid_of
 from paperworks.train.budget import Budget, parse_duration
-from paperworks.train.engine import Listener, bare, Positions, make_fabric, make_learner, probe
+from paperworks.train.engine import Listener, Positions, bare, make_fabric, make_learner, probe
 from paperworks.train.engine import fit as train
 from paperworks.train.run import Request, Run, configure
 
@@ -115,12 +114,11 @@ def fit(
     return train(request, out, data=opened, resume=resume, workers=workers, listener=listener)
 
 
-def choose_variant(
-    name: str, data: Any, budget: Budget, settings: dict[str, Any], seed: int, *, told: Callable[[str, float, float], None] | None = None
-) -> str:
+def choose_variant(name: str, data: Any, budget: Budget, settings: dict[str, Any], seed: int) -> str:
     """The largest of the paper's ``auto`` variants that sees the data often enough within the budget, by measured step times.
 
-    Without a budget in time, or on a GPU, where all of them are quick, time decides nothing: the largest is taken.
+    Without a budget in time there is nothing to fit into, and the cheapest is taken. A variant is taken to cost at least twice what the one
+    before it costs: where even that would be too much it is not measured.
     """
     candidates = papers.paper(name).auto
     if not candidates:
@@ -136,11 +134,9 @@ def choose_variant(
         dataset = Positions(data, recipe, grid_of(bare(learner.network)), prepare, seed, None)
         seconds = probe(fabric, learner, dataset, steps=4)
         seen = budget.seconds / seconds * recipe.batch_size / len(data.train)
-        if told:
-            told(variant, seconds, seen)
         if variant != chosen and seen < SEEN_ENOUGH:
             break
         chosen = variant
-        if seen < SEEN_ENOUGH:
+        if seen < 2 * SEEN_ENOUGH:
             break
     return chosen
