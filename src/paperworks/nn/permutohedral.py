@@ -55,7 +55,7 @@ class Permutohedral:
         rank = torch.stack([(gap[:i] >= gap[i]).sum(0) + (gap[i + 1 :] > gap[i]).sum(0) for i in range(d + 1)])
         # Rounded coordinates may leave the hyperplane: move as many of the extreme ones by a period as brings them back.
         shifted = rank + cell.sum(0).long()
-        rank = shifted % (d + 1) * 1 + 0 * d
+        rank = shifted % (d + 1)
         zero += rank - shifted
 
         by_rank = torch.empty_like(y).scatter_(0, rank, (y - zero) / (d + 1)).flip(0)
@@ -128,7 +128,7 @@ def _neighbours(occupied: Int[Tensor, " M"], step: int, dtype: torch.dtype) -> B
     found = occupied[back] == occupied - step
     ahead, lies_ahead = here.clone(), torch.zeros_like(found)
     ahead[back[found]] = here[found]
-    lies_ahead[back[found]] = False
+    lies_ahead[back[found]] = True
     share = torch.stack([torch.full_like(found, 2, dtype=dtype), found.to(dtype), lies_ahead.to(dtype)], 1) / 2
     return torch.stack([here, back, ahead], 1), share
 
