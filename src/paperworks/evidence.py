@@ -72,11 +72,13 @@ def _tokens(source: str) -> str:
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant) and isinstance(child.value.value, str):
                 docstrings.add(child.lineno)
     skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENCODING, tokenize.ENDMARKER}
-    out = []
+    out: list[str] = []
+    comma = 0  # the line of a comma just passed
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in skip or (token.type == tokenize.STRING and token.start[0] in docstrings):
             continue
-        if token.string in ")]}" and out and out[-1] == ",":
-            out.pop()  # a formatter's trailing comma
+        if token.string in (")", "]", "}") and out and out[-1] == "," and token.start[0] > comma:
+            out.pop()  # a formatter's, at the end of a line; that of a tuple of one stands before its bracket
+        comma = token.start[0]
         out.append({tokenize.INDENT: ">", tokenize.DEDENT: "<"}.get(token.type, token.string))
     return " ".join(out)
