@@ -87,6 +87,28 @@ def test_a_small_image_is_mirrored_as_often_as_it_takes():
     np.testing.assert_array_equal(out["mask"].numpy(), expected)
 
 
+def test_every_place_of_a_crop_occurs():
+    s = sample((10, 8))
+    image, seen = plain(s, "image"), set()
+    for seed in range(100):
+        out = plain(OFF(s, (8, 7), seeded(seed)), "image")
+        seen |= {(y, x) for y in range(3) for x in range(2) if torch.equal(image[:, y : y + 8, x : x + 7], out)}
+    assert len(seen) == 6
+
+
+def test_resampling_mirrors_beyond_the_border_too():
+    """At half the size an image fills the middle of the patch, and mirror images the rest."""
+    profile = np.random.default_rng(0).random(21).astype(np.float32)
+    s = {"image": tv_tensors.Image(torch.from_numpy(profile).expand(1, 21, 21).contiguous())}
+    s["mask"] = tv_tensors.Mask(torch.arange(21).expand(21, 21).contiguous())
+    out = dataclasses.replace(OFF, scale=(0.5, 0.5))(s, (21, 21), seeded())
+    where = (np.arange(21) - 10) * 2 + 9.5  # the patch covers 42 pixels from -11 on
+    expected = np.interp(where, np.arange(-20, 41), np.pad(profile, 20, mode="reflect"))
+    np.testing.assert_allclose(plain(out, "image")[0, 5].numpy(), expected, atol=1e-5)
+    folded = np.interp(where, np.arange(-20, 41), np.pad(np.arange(21.0), 20, mode="reflect"))
+    assert np.abs(plain(out, "mask")[5].numpy() - folded).max() <= 0.5001
+
+
 def test_mirrored_is_numpys_reflection():
     for size in (1, 2, 3, 7):
         expected = np.pad(np.arange(size), (23, 30), mode="reflect")
