@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
-from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from harness import record, summary, table
@@ -56,6 +55,8 @@ def predict(arm: str, source: Path, target: Path) -> None:
     if arm == "paperworks/array":
         result = predict_array(net, image, Grid(16), window=WINDOW, overlap=OVERLAP)
     else:
+        from monai.inferers.utils import sliding_window_inference  # only this arm pays for its import
+
         with torch.inference_mode():
             result = sliding_window_inference(image[None], (WINDOW, WINDOW), 1, net, overlap=OVERLAP, mode="gaussian")[0]
     write_tiff(target, iter([result.argmax(0).to(torch.uint8).numpy()]), height, width, np.uint8)
