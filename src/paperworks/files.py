@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")
 
 
 @contextmanager
@@ -24,6 +27,18 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def occupied(folder: Path) -> bool:
+    """Something is in the folder that is not a leftover of :func:`atomic`."""
+    return folder.exists() and any(not _LEFTOVER.fullmatch(p.name) for p in folder.iterdir())
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed processes left of :func:`atomic` in the folder and below."""
+    for path in folder.rglob(".*.tmp*"):
+        if _LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:

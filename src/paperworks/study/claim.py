@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from paperworks import __version__, evidence, papers
 from paperworks.errors import InputError
-from paperworks.files import write_json
+from paperworks.files import occupied, write_json
 from paperworks.study.report import write_report
 from paperworks.tasks import task
 from paperworks.tasks.base import Output, Sample
@@ -136,7 +136,7 @@ def try_claim(
     card, claim, out = papers.card(name), papers.claim(name), Path(out)
     code = claim_code(card)
     path = out / "arms.json"
-    if out.exists() and any(out.iterdir()) and not path.exists():
+    if occupied(out) and not path.exists():
         raise InputError(f"{out} is not empty and holds no claim; take another --out")
     done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"paper": name, "code": code, "arms": {}}
     if done["paper"] != name or done["code"] != code:

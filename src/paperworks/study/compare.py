@@ -26,7 +26,7 @@ from torch import Tensor
 from paperworks import __version__, papers
 from paperworks.errors import InputError
 from paperworks.export.onnx import export_run
-from paperworks.files import atomic, write_json
+from paperworks.files import atomic, occupied, write_json
 from paperworks.study.audit import verdict
 from paperworks.study.measure import measure
 from paperworks.study.report import write_report
@@ -183,7 +183,7 @@ def _claim_folder(out: Path, request: dict[str, Any]) -> None:
         for key, value in request.items():
             if before.get(key) != value:
                 raise InputError(f"{out} holds a comparison with {key} = {before.get(key)!r}, not {value!r}; take another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif occupied(out):
         raise InputError(f"{out} is not empty and holds no comparison; take another --out")
     write_json(path, request)
 

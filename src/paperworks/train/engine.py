@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from paperworks import __version__, papers
 from paperworks.errors import InputError
-from paperworks.files import atomic
+from paperworks.files import atomic, occupied, sweep
 from paperworks.tasks import task
 from paperworks.tasks.base import Batch, Grid, Loss, Paper, Recipe, Sample, grid_of
 from paperworks.tasks.environment import hardware, versions
@@ -279,8 +279,13 @@ def fit(
 
 def _open_run(request: Request, out: Path, data: Any, resume: bool) -> Run:
     asked = asdict(request) | {"settings": dict(request.settings), "budget": dict(request.budget)}
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+    until = time.monotonic() + 60
+    while rank and not (out / "run.json").exists() and time.monotonic() < until:
+        time.sleep(0.1)  # the first process makes the folder
     if (out / "run.json").exists() and (resume or rank):
+        if not rank:
+            sweep(out)
         run = Run.load(out)
         for key, value in asked.items():
             if run.record["request"].get(key) != value:
@@ -290,7 +295,7 @@ def _open_run(request: Request, out: Path, data: Any, resume: bool) -> Run:
         if run.record["data"]["sha256"] != data.folder.fingerprint.sha256:
             raise InputError(f"{out}: the data in {request.data} changed since the run began; take another --out")
         return run
-    if out.exists() and any(out.iterdir()):
+    if occupied(out):
         raise InputError(
             f"{out} is not empty; take another --out" + (", or --resume to go on with it" if (out / "run.json").exists() else "")
         )
