@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from paperworks.errors import InputError
 from paperworks.nn.permutohedral import Permutohedral
 from paperworks.papers.segmentation.deeplab_crf import deeplab_crf
 from paperworks.papers.segmentation.deeplab_crf.deeplab_crf import (
@@ -460,5 +461,14 @@ def test_a_weight_of_zero_switches_a_kernel_off() -> None:
     image, probabilities = half_and_half()
     alone = dense_crf(replace(EDGE, w1=0))(image, probabilities)
     assert torch.equal(alone, dense_crf(replace(EDGE, w1=0))(1 - image, probabilities))
-    neither = dense_crf(replace(EDGE, w1=0, w2=0))(image, probabilities)
-    assert torch.allclose(neither, probabilities, atol=1e-5)
+    with pytest.raises(InputError, match="one of them more than 0"):
+        replace(EDGE, w1=0, w2=0)
+    with pytest.raises(InputError, match="sigma_beta"):
+        replace(EDGE, sigma_beta=0)
+
+
+def test_absurd_weights_stay_finite() -> None:
+    image, probabilities = half_and_half()
+    refined = dense_crf(replace(EDGE, w1=5000))(image, probabilities)
+    assert refined.isfinite().all()
+    assert torch.allclose(refined.sum(0), torch.ones(30, 40), atol=1e-5)
