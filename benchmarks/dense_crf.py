@@ -21,8 +21,8 @@ from paperworks.papers.segmentation.deeplab_crf.deeplab_crf import DenseCRFConfi
 
 HEIGHT, WIDTH, CLASSES = 375, 500, 21
 SETTINGS = {
-    "long": DenseCRFConfig(w1=10, sigma_alpha=80, sigma_beta=13, w2=3, sigma_gamma=3),
-    "sharp": DenseCRFConfig(w1=5, sigma_alpha=50, sigma_beta=5, w2=3, sigma_gamma=3),
+    "long": DenseCRFConfig(w1=10.0, sigma_alpha=80.0, sigma_beta=13.0, w2=3.0, sigma_gamma=3.0),
+    "sharp": DenseCRFConfig(w1=5.0, sigma_alpha=50.0, sigma_beta=5.0, w2=3.0, sigma_gamma=3.0),
 }
 """Example values of pydensecrf's documentation, and values from the paper's ranges, which occupy more of the lattice."""
 

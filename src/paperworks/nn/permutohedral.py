@@ -9,7 +9,7 @@ binary search their neighbours. Splat, blur and slice are then one and the same 
 table, for which torch has a fast kernel on every device (``embedding_bag``). The lattice is built once and filters any number
 of channels at a time, and the gradient with respect to the values comes for free.
 
-Legend: N points, d features, c value channels, M occupied corners.
+Legend: N points, d features, D = d + 1 corners of a simplex, c value channels, M occupied corners.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Permutohedral:
         ValueError: the features span so many standard deviations that a corner does not fit into 64 bits.
     """
 
-    corner: Int[Tensor, "N d+1"]
+    corner: Int[Tensor, "N D"]
     """Of each point the d + 1 corners of its simplex, as numbers below M."""
-    weight: Float[Tensor, "N d+1"]
+    weight: Float[Tensor, "N D"]
     """Its barycentric coordinates there, times a constant that makes the filter a Gaussian of height 1."""
 
     def __init__(self, features: Float[Tensor, "N d"]) -> None:
@@ -117,8 +117,8 @@ class Permutohedral:
         return ((self.weight @ passed) * self.weight).sum(1)
 
 
-Blur = tuple[Int[Tensor, "M 3"], Float[Tensor, "M 3"]]
-"""One direction of the blur: each corner itself, the one a step back and the one a step ahead, and their shares."""
+Blur = tuple[Tensor, Tensor]
+"""One direction of the blur: each corner itself, the one a step back and the one a step ahead (M 3), and their shares (M 3)."""
 
 
 def _neighbours(occupied: Int[Tensor, " M"], step: int, dtype: torch.dtype) -> Blur:
@@ -156,7 +156,7 @@ def _elevate(features: Float[Tensor, "d N"]) -> Float[Tensor, "d+1 N"]:
     return torch.stack([total, *reversed(rows)])
 
 
-def _keys(zero: Int[Tensor, "d+1 N"], rank: Int[Tensor, "d+1 N"]) -> tuple[Int[Tensor, "d+1 N"], Int[Tensor, " d+1"]]:
+def _keys(zero: Int[Tensor, "D N"], rank: Int[Tensor, "D N"]) -> tuple[Int[Tensor, "D N"], Int[Tensor, " D"]]:
     """Corners as integers: key = strides . coordinates, the last coordinate following from the others.
 
     The corner of colour k lies at ``zero`` + k in the coordinates of rank <= d - k and at ``zero`` + k - (d + 1) in the others.

@@ -236,11 +236,11 @@ def normalised(kernel: torch.Tensor) -> torch.Tensor:
     return d[:, None] * kernel * d
 
 
-@pytest.mark.parametrize(("sigma_alpha", "sigma_beta", "most"), [(3, None, 0.02), (10, 20, 0.08), (80, 13, 0.08)])
+@pytest.mark.parametrize(("sigma_alpha", "sigma_beta", "most"), [(3.0, None, 0.02), (10.0, 20.0, 0.08), (80.0, 13.0, 0.08)])
 def test_lattice_against_brute_force(sigma_alpha: float, sigma_beta: float | None, most: float, evidence) -> None:
     """Normalised as the CRF uses it. The bound is the lattice's own error, not rounding."""
     image, probabilities = scene(30, 40, 5)
-    config = DenseCRFConfig(w1=1, sigma_alpha=sigma_alpha, sigma_beta=sigma_beta or 1, w2=1, sigma_gamma=sigma_alpha)
+    config = DenseCRFConfig(w1=1.0, sigma_alpha=sigma_alpha, sigma_beta=sigma_beta or 1.0, w2=1.0, sigma_gamma=sigma_alpha)
     features = kernels(image / 255, config)[0 if sigma_beta else 1][1]
     values = probabilities.flatten(1).T.contiguous()
     error = relative(deeplab_crf.gaussian(1.0, features)(values), normalised(exact(features)) @ values)
@@ -328,7 +328,7 @@ def brute_force(image: torch.Tensor, probabilities: torch.Tensor, config: DenseC
 def test_mean_field_is_exact_given_exact_filters(exclude_self: bool, evidence) -> None:
     image, probabilities = scene(20, 24, 4)
     image = image / 255
-    config = DenseCRFConfig(w1=3, sigma_alpha=6, sigma_beta=15, w2=1, sigma_gamma=2, iterations=10, exclude_self=exclude_self)
+    config = DenseCRFConfig(w1=3.0, sigma_alpha=6.0, sigma_beta=15.0, w2=1.0, sigma_gamma=2.0, iterations=10, exclude_self=exclude_self)
     dense = sum(w * normalised(exact(f)) for w, f in kernels(image, config))
     assert isinstance(dense, torch.Tensor)
     if exclude_self:
@@ -346,7 +346,7 @@ def test_crf_against_brute_force(exclude_self: bool, evidence) -> None:
     """The lattice's error through ten iterations: small beside what the CRF changes."""
     image, probabilities = scene(30, 40, 4)
     image, probabilities = image.float() / 255, probabilities.float()
-    config = DenseCRFConfig(w1=3, sigma_alpha=8, sigma_beta=15, w2=1, sigma_gamma=2, exclude_self=exclude_self)
+    config = DenseCRFConfig(w1=3.0, sigma_alpha=8.0, sigma_beta=15.0, w2=1.0, sigma_gamma=2.0, exclude_self=exclude_self)
     ours, theirs = dense_crf(config)(image, probabilities), brute_force(image, probabilities, config)
     error, moved = (ours - theirs).abs().mean().item(), (theirs - probabilities).abs().mean().item()
     same = (ours.argmax(0) == theirs.argmax(0)).double().mean().item()
@@ -417,7 +417,7 @@ def half_and_half() -> tuple[torch.Tensor, torch.Tensor]:
     return image, torch.stack([1 - right, right])
 
 
-EDGE = DenseCRFConfig(w1=4, sigma_alpha=10, sigma_beta=15, w2=0.5, sigma_gamma=2)
+EDGE = DenseCRFConfig(w1=4.0, sigma_alpha=10.0, sigma_beta=15.0, w2=0.5, sigma_gamma=2.0)
 
 
 def border(probabilities: torch.Tensor) -> float:
@@ -459,16 +459,16 @@ def test_any_image_and_hard_labels(channels: int) -> None:
 
 def test_a_weight_of_zero_switches_a_kernel_off() -> None:
     image, probabilities = half_and_half()
-    alone = dense_crf(replace(EDGE, w1=0))(image, probabilities)
-    assert torch.equal(alone, dense_crf(replace(EDGE, w1=0))(1 - image, probabilities))
+    alone = dense_crf(replace(EDGE, w1=0.0))(image, probabilities)
+    assert torch.equal(alone, dense_crf(replace(EDGE, w1=0.0))(1 - image, probabilities))
     with pytest.raises(InputError, match="one of them more than 0"):
-        replace(EDGE, w1=0, w2=0)
+        replace(EDGE, w1=0.0, w2=0.0)
     with pytest.raises(InputError, match="sigma_beta"):
-        replace(EDGE, sigma_beta=0)
+        replace(EDGE, sigma_beta=0.0)
 
 
 def test_absurd_weights_stay_finite() -> None:
     image, probabilities = half_and_half()
-    refined = dense_crf(replace(EDGE, w1=5000))(image, probabilities)
+    refined = dense_crf(replace(EDGE, w1=5000.0))(image, probabilities)
     assert refined.isfinite().all()
     assert torch.allclose(refined.sum(0), torch.ones(30, 40), atol=1e-5)
