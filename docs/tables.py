@@ -41,9 +41,18 @@ def table(words: dict) -> str:
         found, usable = audit(card.id, stale=False), evidence.read(card.id, "usable")
         fidelity = f"{found['fidelity']:.0e} ({found['against']})" if found["fidelity"] is not None else "-"
         pack = f"{usable['metric']} {usable['value']:.3f} ({usable['baseline']:.3f}), {usable['budget_seconds']:g} s" if usable else "-"
-        name = f"[{card.title.split(':')[0]}](src/paperworks/papers/{card.section}/{card.id}/note{'.zh' if words['held'] == '成立' else ''}.md)"
+        name = f"[{card.name}](src/paperworks/papers/{card.section}/{card.id}/note{'.zh' if words['held'] == '成立' else ''}.md)"
         rows.append(
-            (f"`{card.id}` {name}", str(card.year), words[card.task], str(found["level"]), words[found["claim"]], fidelity, pack, words[found["verdict"]])
+            (
+                f"`{card.id}` {name}",
+                str(card.year),
+                words[card.task],
+                str(found["level"]),
+                words[found["claim"]],
+                fidelity,
+                pack,
+                words[found["verdict"]],
+            )
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -35,6 +35,8 @@ class Card:
     kind: str
     idea: Mapping[str, str]
     claim: Mapping[str, str]
+    name: str = ""
+    """What people call it; default: the title up to its colon."""
     arxiv: str = ""
     ndim: tuple[int, ...] = (2,)
     links: Mapping[str, str] = field(default_factory=dict)
@@ -103,4 +105,5 @@ def method(name: str) -> Method:
 def _read(path: Path) -> Card:
     data = tomllib.loads(path.read_text(encoding="utf-8"))
     data["ndim"] = tuple(data.get("ndim", (2,)))
+    data.setdefault("name", data["title"].split(":")[0])
     return Card(section=path.parent.parent.name, folder=path.parent, **data)

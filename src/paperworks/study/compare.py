@@ -147,7 +147,7 @@ def compare(
         result["rows"].append(
             {
                 "id": card.id,
-                "name": _short(card),
+                "name": card.name,
                 "title": card.title,
                 "year": card.year,
                 "kind": "paper",
@@ -208,10 +208,6 @@ def _quote(text: str) -> str:
 def _one_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:300]
-
-
-def _short(card: papers.Card) -> str:
-    return card.title.split(":")[0]
 
 
 def _paper_row(
