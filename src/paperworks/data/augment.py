@@ -152,10 +152,7 @@ def field(
 @functools.lru_cache(maxsize=32)
 def _basis(length: int, nodes: int) -> Tensor:
     """Basis, length x (nodes + 2): the weights of the nodes in cubic interpolation, a column of ones, the distance from the middle."""
-    if nodes > 1:
-        kernel = F.interpolate(torch.eye(nodes)[None, None], (length, nodes), mode="bicubic", align_corners=True)[0, 0]
-    else:
-        kernel = torch.ones(length, 1)
+    kernel = F.interpolate(torch.eye(nodes)[None, None], (length, nodes), mode="bicubic", align_corners=True)[0, 0]
     x = torch.arange(length) - (length - 1) / 2
     return torch.cat([kernel, torch.ones(length, 1), x[:, None]], 1)
 
