@@ -16,7 +16,7 @@ from paperworks.train.engine import Listener, Positions, bare, make_fabric, make
 from paperworks.train.engine import fit as train
 from paperworks.train.run import Request, Run, configure
 
-SEEN_ENOUGH = 8
+SEEN_ENOUGH = 20
 """``--variant auto`` takes the largest variant that sees the training set at least so many times within the budget."""
 
 
