@@ -65,7 +65,7 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / folder).mkdir()
     names = [f"disc {i:02d}" for i in range(12)]
     for name in names:
-        cy, cx, r = rng.uniform(14, 34, 2).tolist() + [rng.uniform(6, 12)]
+        cy, cx, r = *rng.uniform(14, 34, 2), rng.uniform(6, 12)
         disc = (y - cy) ** 2 + (x - cx) ** 2 < r**2
         image = (60 + 90 * disc + rng.normal(0, 15, disc.shape)).clip(0, 255)
         Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"{name}.png")

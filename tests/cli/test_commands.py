@@ -28,7 +28,9 @@ def test_list_show_audit(capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(capsys, "list", "--task", "segmentation") and not ask(capsys, "list", "--task", "cooking")
     shown = ask(capsys, "show", rows[0]["id"])
     assert shown["idea"]["en"] and shown["idea"]["zh"] and shown["evidence"]["level"] in range(5)
-    assert {"id", "section", "task", "level", "stale", "missing", "claim", "fidelity", "against", "verdict"} <= ask(capsys, "audit")[0].keys()
+    assert {"id", "section", "task", "level", "stale", "missing", "claim", "fidelity", "against", "verdict"} <= ask(capsys, "audit")[
+        0
+    ].keys()
     for language in ("en", "zh"):
         assert main(["show", rows[0]["id"], "--lang", language]) == 0
     assert shown["idea"]["zh"][:10] in capsys.readouterr().out
@@ -123,7 +125,9 @@ def test_compare(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (out / "runs" / "unet" / "model.safetensors").stat().st_mtime_ns == trained, "what is trained is kept"
 
 
-def test_compare_survives_a_failure(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_survives_a_failure(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from paperworks.study import compare
 
     real = compare.fit
@@ -153,7 +157,9 @@ def test_nothing_heavy_is_imported(command: list[str]) -> None:
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["data", "train", "evaluate", "predict", "compare", "claim", "measure", "export", "audit", "new", "list", "show"])
+@pytest.mark.parametrize(
+    "command", ["data", "train", "evaluate", "predict", "compare", "claim", "measure", "export", "audit", "new", "list", "show"]
+)
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"paperworks {command}" in " ".join(capsys.readouterr().out.split())

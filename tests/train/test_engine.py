@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from paperworks.errors import InputError
+from paperworks.tasks.base import Recipe
 from paperworks.train import engine
 from paperworks.train.api import fit
 from paperworks.train.engine import Interrupted, Silent, schedule
 from paperworks.train.run import Run
-from paperworks.tasks.base import Recipe
 
 STEPS = 8
 
@@ -159,14 +159,39 @@ def test_kill_9(blobs: Path, straight: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes(blobs: Path, tmp_path: Path) -> None:
     """Two processes with half the batch each make the steps of one with the whole batch (no batch norm, a loss that is a mean over pixels)."""
-    settings = {"norm": "false", "border_weight": "0", "optimizer": "sgd", "lr": "0.01", "dropout": "0", "patch": "32", "clip": "none", "average": "0"}
+    settings = {
+        "norm": "false",
+        "border_weight": "0",
+        "optimizer": "sgd",
+        "lr": "0.01",
+        "dropout": "0",
+        "patch": "32",
+        "clip": "none",
+        "average": "0",
+    }
     train(blobs, tmp_path / "one", settings=settings | {"batch_size": "4"}, steps=4)
     pairs = [part for key, value in (settings | {"batch_size": "2"}).items() for part in ("--set", f"{key}={value}")]
     code = "import sys; from paperworks.cli import main; sys.exit(main())"
     script = tmp_path / "train.py"
     script.write_text(code)
-    command = [sys.executable, str(script), "train", "unet", str(blobs), "--variant", "test", "--steps", "4", "--precision", "fp32", "--devices", "2"]
-    done = subprocess.run(command + pairs + ["--out", str(tmp_path / "two")], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        str(script),
+        "train",
+        "unet",
+        str(blobs),
+        "--variant",
+        "test",
+        "--steps",
+        "4",
+        "--precision",
+        "fp32",
+        "--devices",
+        "2",
+    ]
+    done = subprocess.run(
+        command + pairs + ["--out", str(tmp_path / "two")], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((one[k] - two[k]).norm() / one[k].norm().clamp_min(1e-6)) for k in one) < 1e-3
@@ -198,7 +223,12 @@ def test_diverged(blobs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"learning_rate": "1"}, "no setting is called 'learning_rate'"), ({"lr": "fast"}, "does not read as float"), ({"augment.wobble": "1"}, "'wobble'")],
+    [
+        ({"learning_rate": "1"}, "no setting is called 'learning_rate'"),
+        ({"lr": "fast"}, "does not read as float"),
+        ({"augment.wobble": "1"}, "'wobble'"),
+        ({"schedule": "wavy"}, "not one of cosine"),
+    ],
 )
 def test_bad_settings(settings: dict[str, str], message: str, blobs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -148,6 +148,9 @@ def override(settings: Mapping[str, Any], *targets: Any) -> tuple[Any, ...]:
                 continue
             present = getattr(target, head)
             new = override({rest: value}, present)[0] if rest else _read(key, value, present)
+            choices = get_args(hint) if get_origin(hint := get_type_hints(type(target))[head]) is Literal else (new,)
+            if new not in choices:
+                raise ValueError(f"{key}={new} is not one of {', '.join(map(str, choices))}")
             out[i] = dataclasses.replace(target, **{head: new})
             break
         else:
