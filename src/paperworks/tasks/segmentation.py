@@ -75,7 +75,9 @@ class Segmentation:
         """
         for what, ours, theirs in (("classes", self.spec.classes, spec.classes), ("channels", self.spec.channels, spec.channels)):
             if ours != theirs:
-                raise InputError(f"{self.folder.source} has {what} {ours} where the model was trained on {theirs}; give data of the same kind")
+                raise InputError(
+                    f"{self.folder.source} has {what} {ours} where the model was trained on {theirs}; give data of the same kind"
+                )
 
     def sample(self, item: Item) -> Sample:
         """One example as it lies on the disk."""
