@@ -62,16 +62,18 @@ def test_background_is_left_out_of_means_unless_there_is_none():
 def test_ignored_pixels_count_nowhere():
     """Whatever is predicted where the mask says 255, every score is the same."""
     predicted, mask = random_maps(5)
+    instances = torch.from_numpy(components(mask.numpy(), 3))  # there are some where the mask will say nothing
     mask[:, 14:] = 255
-    instances = torch.from_numpy(components(mask.numpy() % 255, 3))
     found = []
     for fill in (0, 1, 2):
         guess = predicted.clone()
         guess[:, 14:] = fill
         scores = SegmentationScores(CLASSES, instances=True)
         scores.update(guess, mask, instances)
-        # The part that is known, scored alone.
         found.append(scores.compute())
+    known = SegmentationScores(CLASSES, instances=True)
+    known.update(predicted[:, :14], mask[:, :14], instances[:, :14])
+    found.append(known.compute())
     for other in found[1:]:
         assert other == pytest.approx(found[0], nan_ok=True)
 
@@ -182,6 +184,9 @@ def test_merges_and_splits():
     assert object_counts(true, true).tolist() == [3, 3, 3, 0, 0]
     half = np.where(np.arange(40) < 19, true, 0)  # the second object exactly halved: no match at more than a half
     assert object_counts(half, true).tolist() == [1, 2, 3, 0, 0]
+    halves = np.zeros_like(true)
+    halves[5:15, 7:19] = 1  # the right half of one object and the left half of the next: more than half of none
+    assert object_counts(halves, true).tolist() == [0, 1, 3, 0, 0]
     with pytest.raises(ValueError, match="ambiguous"):
         object_counts(true, true, iou=0.3)
 
