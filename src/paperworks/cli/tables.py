@@ -22,10 +22,10 @@ def _number(value: Any, digits: int = 3) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
-    console.print(table, markup=False) if not rows else console.print(table)
+    console.print(table)
 
 
 def describe_data(found: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ def compare_table(result: Mapping[str, Any], out: Path) -> None:
                 r["error"] if r["status"] != "ok" else r.get("verdict") or "baseline",
             ]
         )
-    _table(["paper", "variant", metric, "boundary F", "parameters", "ms/image", "train s", ""], rows)
+    _table(["paper", "variant", metric, "bound. F", "params", "ms", "train s", ""], rows)
     recommended = result.get("recommended")
     if recommended:
         row = next(r for r in result["rows"] if r["id"] == recommended["id"])

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ FAITHFUL = 1e-4
 """Largest relative error of outputs against an independent implementation."""
 QUICK_SECONDS = 1.0
 """A deployable paper answers for one image of its pack within this time on the recorded machine's CPU."""
+
+GOOD_SHARE = 0.8
+"""... and reaches this share of what the best paper of its task reaches on the same pack."""
 
 
 def current_code(card: papers.Card, level: str) -> str:
@@ -42,7 +46,7 @@ def audit(name: str, *, stale: bool = True) -> dict[str, Any]:
     elif found["builds"]["problems"]:
         missing += [f"builds: {p}" for p in found["builds"]["problems"]]
     oracle = found["oracle"] or {}
-    errors = [(o["relative_error"], o["against"]) for o in oracle.get("oracles", [])]
+    errors = [(_number(o["relative_error"]), o["against"]) for o in oracle.get("oracles", [])]
     if found["oracle"] is None:
         missing.append("faithful: its tests were never recorded (pytest --record)")
     elif not errors and not oracle["properties"]:
@@ -76,6 +80,11 @@ def audit(name: str, *, stale: bool = True) -> dict[str, Any]:
     }
 
 
+def _number(value: float | None) -> float:
+    """Infinity for the null that JSON has in place of NaN."""
+    return math.inf if value is None or math.isnan(value) else value
+
+
 def verdict(name: str) -> str:
     """deployable, buildable or watch (docs/verdicts.md)."""
     return audit(name, stale=False)["verdict"]
@@ -85,14 +94,22 @@ def _verdict(card: papers.Card, level: int, found: dict[str, Any]) -> str:
     if card.verdict_override:
         return card.verdict_override["verdict"]
     usable = found["usable"] or {}
-    better = usable.get("value", -math.inf) > usable.get("baseline", math.inf)
-    if level < 3 or not better:
+    value = usable.get("value", -math.inf)
+    if level < 3 or not value > usable.get("baseline", math.inf):
         return "watch"
     exported = (usable.get("export") or {}).get("relative_error", math.inf) < FAITHFUL
     latency = min(
         (form["1"]["p50"] for form in ((found["cost"] or {}).get("latency_ms") or {}).values() if form.get("1")), default=math.inf
     )
-    return "deployable" if level == 4 and exported and latency < 1000 * QUICK_SECONDS else "buildable"
+    good = value >= GOOD_SHARE * _best(card.task, evidence.results_root())
+    return "deployable" if level == 4 and good and exported and latency < 1000 * QUICK_SECONDS else "buildable"
+
+
+@functools.cache
+def _best(task: str, results: Path) -> float:
+    """Highest recorded value that a paper of the task reached on the task's pack."""
+    recorded = (evidence.read(card.id, "usable") for card in papers.cards().values() if card.task == task)
+    return max((r["value"] for r in recorded if r is not None), default=math.inf)
 
 
 # Level 1

@@ -244,8 +244,7 @@ def _paper_row(
         )
     run = runs[0]
     record = run.record
-    names = record["metrics"]
-    values = {m: [r.record["metrics"][m] for r in runs] for m in names}
+    values = {m: [_number(r.record["metrics"][m]) for r in runs] for m in record["metrics"]}
     cost = {
         "params": record["parameters"],
         "train_seconds": record["seconds"],
@@ -264,11 +263,16 @@ def _paper_row(
         "seeds": list(seeds),
         "cost": cost,
         "curves": _curves(run.folder / "metrics.csv", data.metric),
-        "per_image": record["per_image"],
+        "per_image": [{k: _number(v) if k != "name" else v for k, v in image.items()} for image in record["per_image"]],
         "command": f"paperworks train {card.id} {_quote(str(source))} --variant {record['request']['variant']} {_budget_option(budget)} --seed {seeds[0]} --out RUN",
         "model": str((run.folder / "model.safetensors").relative_to(out)),
         "run": str(run.folder.relative_to(out)),
     }
+
+
+def _number(value: float | None) -> float:
+    """NaN, which a run's record has as null."""
+    return math.nan if value is None else value
 
 
 def _costs(run: Run, data: Any) -> dict[str, Any]:

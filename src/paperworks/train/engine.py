@@ -236,6 +236,8 @@ def make_fabric(request: Request) -> Any:
     """Lightning's Fabric for the request's devices, nodes and precision."""
     from lightning.fabric import Fabric
 
+    for chatty in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     strategy = "ddp" if request.devices * request.nodes > 1 else "auto"
     return Fabric(

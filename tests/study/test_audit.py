@@ -1,0 +1,83 @@
+"""Levels, staleness and verdicts follow from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paperworks import evidence, papers
+from paperworks.study import audit as study
+from paperworks.study.audit import audit, current_code
+
+GOOD = {
+    "builds": {"parameters": {}, "problems": []},
+    "oracle": {"oracles": [{"against": "a peer", "relative_error": 1e-6}], "properties": []},
+    "claim": {"held": False},
+    "usable": {"value": 0.9, "baseline": 0.3, "problems": [], "export": {"relative_error": 1e-6}},
+    "cost": {"latency_ms": {"eager": {"1": {"p50": 10.0}}}},
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PAPERWORKS_RESULTS", str(tmp_path))
+    return tmp_path
+
+
+def record(name: str, **changes: dict) -> None:
+    study._best.cache_clear()
+    for level, content in (GOOD | changes).items():
+        evidence.record(name, level, current_code(papers.card(name), level), content)
+
+
+def test_nothing_recorded(results: Path) -> None:
+    found = audit("unet")
+    assert found["level"] == 0 and found["verdict"] == "watch" and len(found["missing"]) == 5 and found["claim"] is None
+
+
+def test_all_recorded(results: Path) -> None:
+    record("unet")
+    found = audit("unet")
+    assert (found["level"], found["verdict"], found["claim"], found["fidelity"]) == (4, "deployable", "not held", 1e-6)
+    assert not found["missing"] and not found["stale"]
+
+
+@pytest.mark.parametrize(
+    ("level", "content", "reached"),
+    [
+        ("builds", {"problems": ["small has 3 parameters"]}, 0),
+        ("oracle", {"oracles": [{"against": "a peer", "relative_error": 2e-4}], "properties": []}, 1),
+        ("oracle", {"oracles": [{"against": "a peer", "relative_error": float("nan")}], "properties": []}, 1),
+        ("oracle", {"oracles": [], "properties": []}, 1),
+        ("usable", GOOD["usable"] | {"problems": ["predicted 7 of 8 files"]}, 3),
+    ],
+)
+def test_a_level_counts_only_on_those_below(level: str, content: dict, reached: int, results: Path) -> None:
+    record("unet", **{level: content})
+    assert audit("unet")["level"] == reached and audit("unet")["missing"]
+
+
+@pytest.mark.parametrize(
+    ("level", "content", "verdict"),
+    [
+        ("usable", GOOD["usable"] | {"value": 0.2}, "watch"),
+        ("usable", GOOD["usable"] | {"export": None}, "buildable"),
+        ("cost", {"latency_ms": {"eager": {"1": {"p50": 5000.0}}}}, "buildable"),
+    ],
+)
+def test_verdicts(level: str, content: dict, verdict: str, results: Path) -> None:
+    record("unet", **{level: content})
+    assert audit("unet")["verdict"] == verdict
+
+
+def test_far_behind_the_best_is_not_deployable(results: Path) -> None:
+    record("unet")
+    record("unetpp", usable=GOOD["usable"] | {"value": 0.5})
+    assert audit("unet")["verdict"] == "deployable" and audit("unetpp")["verdict"] == "buildable"
+
+
+def test_other_code_is_stale(results: Path) -> None:
+    record("unet")
+    evidence.record("unet", "claim", "0123456789abcdef", GOOD["claim"])
+    assert audit("unet")["stale_evidence"] == ["claim"] and audit("unet")["level"] == 4
