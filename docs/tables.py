@@ -39,7 +39,9 @@ def table(words: dict) -> str:
     rows = [words["head"], ("---",) * len(words["head"])]
     for card in papers.cards().values():
         found, usable = audit(card.id, stale=False), evidence.read(card.id, "usable")
-        fidelity = f"{found['fidelity']:.0e} ({found['against']})" if found["fidelity"] is not None else "-"
+        fidelity = (
+            f"{found['fidelity']:.0e} ({found['against'].split(',')[0]})".replace("0e+00", "0") if found["fidelity"] is not None else "-"
+        )
         pack = f"{usable['metric']} {usable['value']:.3f} ({usable['baseline']:.3f}), {usable['budget_seconds']:g} s" if usable else "-"
         name = f"[{card.name}](src/paperworks/papers/{card.section}/{card.id}/note{'.zh' if words['held'] == '成立' else ''}.md)"
         rows.append(
