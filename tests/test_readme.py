@@ -24,9 +24,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_exist_with_their_options(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     lines = {
-        line.split("#")[0].strip()
-        for line in re.findall(r"^\s*(?:\$ )?(paperworks [a-z]+ .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        line.split("#")[0].strip() for block in blocks for line in re.findall(r"^(?:\$ )?(paperworks [a-z]+ .*)$", block, re.MULTILINE)
     }
     for line in lines:
         command, options = line.split()[1], re.findall(r"(?<!\S)--[a-z0-9-]+", line)
