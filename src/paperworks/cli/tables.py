@@ -36,7 +36,7 @@ def describe_data(found: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, (list, tuple)):
-            value = " x ".join(map(str, value))
+            value = ", ".join(map(str, value))
         console.print(f"{key.replace('_', ' '):<12} {value}", markup=False)
     if found.get("classes"):
         _table(["class", "share of pixels"], [[c["name"], f"{100 * c['pixels']:.2f} %"] for c in found["classes"]])

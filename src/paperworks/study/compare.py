@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -46,6 +46,7 @@ PICTURES = 6
 BASELINE_NAMES = {"otsu": "Otsu's threshold", "majority": "Majority class"}
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """What follows a comparison."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ Results = Mapping[str, Mapping[str, list[float]]]
 """arm -> metric -> one value per seed, in the order of the claim's seeds."""
 
 
+@runtime_checkable
 class Trained(Protocol):
     """A trained network in an arm's hands."""
 
@@ -29,6 +30,7 @@ class Trained(Protocol):
         ...
 
 
+@runtime_checkable
 class Lab(Protocol):
     """What an arm may do. Everything in it follows from the claim's pack and the seed."""
 

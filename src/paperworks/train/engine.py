@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
+@runtime_checkable
 class Listener(Protocol):
     """What follows a training: a progress bar, a test, nothing."""
 
