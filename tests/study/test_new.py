@@ -126,7 +126,7 @@ def copy(tmp_path):
     shutil.copytree(ROOT / "tests" / "contract", tmp_path / "tests" / "contract", ignore=ignore)
     (tmp_path / "packs" / "cardiac_mr").mkdir(parents=True)
     (tmp_path / "packs" / "cardiac_mr" / "README.md").touch()
-    for name in ("pyproject.toml", "tests/conftest.py"):
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/typechecker.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "tests" / "papers").mkdir()
     done = run(tmp_path, "paperworks.cli", "new", "my_paper", "--task", "segmentation")
