@@ -6,10 +6,11 @@ Shape legend, used all over the archive: B batch, C image channels, K classes, D
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from paperworks.data.augment import Augment
@@ -20,6 +21,8 @@ Batch = dict[str, Any]
 """Collated samples: ``image`` B C H W (normalised by the data set's mean and std when a network sees it), ``name`` a list."""
 Output = dict[str, Tensor]
 """What a network returns: the task's required key (``logits`` for segmentation) and whatever else the paper's loss needs."""
+Augmentation = Callable[[Sample, Sequence[int], torch.Generator], Sample]
+"""(sample, height and width of the result, the only source of chance) -> a varied sample. A frozen dataclass, so that ``--set`` reaches its fields."""
 Loss = Callable[[Output, Batch], dict[str, Tensor]]
 """Named terms of a loss, each a scalar; ``loss`` is the one that is minimised."""
 Refiner = Callable[[Tensor, Tensor], Tensor]
@@ -45,6 +48,8 @@ class Spec:
     """Millimetres (or whatever unit the files state) from pixel to pixel, in the order of ``size``."""
     instances: bool = False
     """The labels tell objects of one class apart."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What else a task's networks must know, as plain values."""
 
     @property
     def ndim(self) -> int:
@@ -58,15 +63,19 @@ class Grid:
 
     A side of length n is valid when n = multiple * k + offset (k >= 1). The output covers the input less ``margin`` pixels
     on each side. A U-Net of four poolings with padded convolutions has ``Grid(16)``; the valid one of 2015 has
-    ``Grid(16, offset=12, margin=92)``.
+    ``Grid(16, offset=12, margin=92)``. A network whose inputs have one size only has ``Grid(fixed=224)``: what is larger or
+    smaller is resized.
     """
 
     multiple: int = 1
     offset: int = 0
     margin: int = 0
+    fixed: int = 0
 
     def fit(self, length: int) -> int:
-        """Smallest valid input length whose output covers ``length`` pixels."""
+        """Smallest valid input length whose output covers ``length`` pixels; the fixed one where there is one."""
+        if self.fixed:
+            return self.fixed
         need = max(length + 2 * self.margin - self.offset, self.multiple)
         return -(-need // self.multiple) * self.multiple + self.offset
 
@@ -97,7 +106,7 @@ class Recipe:
     """Largest norm of the gradient; None leaves it alone."""
     average: float = 0.0
     """Decay of the exponential moving average of the weights that is kept for prediction; 0 keeps the last weights."""
-    augment: Augment = field(default_factory=Augment)
+    augment: Augmentation = field(default_factory=Augment)
     decay_at: tuple[float, ...] = (0.6, 0.85)
     """Shares of the steps after which schedule ``step`` divides the learning rate by ten."""
     head_lr: float = 1.0
@@ -120,6 +129,22 @@ class Paper:
     """configuration -> loss; None takes the task's."""
     prepare: Callable[[Any], Callable[[Sample], Sample]] | None = None
     """configuration -> what is done to each training sample after augmentation; None leaves it alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Where trained weights lie, as an entry of ``PUBLISHED`` in a paper's ``weights.py``; the module's ``SOURCES`` map their names to ours."""
+
+    source: str
+    """Key of ``SOURCES``."""
+    repo: str
+    """On the Hugging Face hub."""
+    licence: str
+    file: str = "model.safetensors"
+    channels: int = 3
+    classes: int = 1000
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

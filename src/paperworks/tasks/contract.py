@@ -228,9 +228,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def predictor(
-        cls, deployed: Callable[[Tensor], Any], spec: Spec, grid: Grid, *, window: int = 1024, overlap: float = 0.25
-    ) -> Predict:
+    def predictor(cls, deployed: Callable[[Tensor], Any], spec: Spec, grid: Grid, *, window: int = 1024, overlap: float = 0.25) -> Predict:
         """A function from what a person gives, of any size, to its prediction."""
 
     def given(self, sample: Sample) -> Any:
