@@ -255,12 +255,6 @@ def test_everything_broken(tmp_path, save):
         open_folder(tmp_path)
 
 
-def test_volumes_are_named_as_such(tmp_path):
-    (tmp_path / "scan.nii.gz").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"scan\.nii\.gz is a volume"):
-        open_folder(tmp_path)
-
-
 def test_photographs_as_masks(tmp_path, save):
     photograph = RNG.integers(0, 200, (64, 64, 3), dtype=np.uint8)
     for name in "ab":

@@ -479,7 +479,7 @@ def test_second_opening_reads_no_pixels_until_a_file_changes(pairs, save, monkey
     (pairs / "images" / "f.png").write_bytes(b"")
     first = open_folder(pairs)
     reads = []
-    monkeypatch.setattr("paperworks.data.folder.read_image", lambda path: reads.append(path) or read_image(path))
+    monkeypatch.setattr("paperworks.data.folder.read_array", lambda path: reads.append(path) or read_image(path))
     second = open_folder(pairs)
     assert not reads
     assert (second.fingerprint, second.coding, second.problems, second.items) == (
@@ -518,7 +518,7 @@ def test_a_cache_that_cannot_be_used_is_no_error(pairs, own_cache, monkeypatch, 
 
 def test_arrays_are_decoded_once_and_within_the_budget(pairs, monkeypatch):
     counts = []
-    monkeypatch.setattr("paperworks.data.folder.read_image", lambda path: counts.append(path) or read_image(path))
+    monkeypatch.setattr("paperworks.data.folder.read_array", lambda path: counts.append(path) or read_image(path))
     folder = open_folder(pairs)
     for _ in range(2):
         for item in folder.items:

@@ -13,8 +13,8 @@ from paperworks.errors import InputError
 
 
 def test_packs_are_whole():
-    assert {"cardiac_mr", "nuclei", "blood_cells"} <= set(available_packs())
-    for name in ("cardiac_mr", "nuclei", "blood_cells"):
+    assert {"cardiac_mr", "nuclei", "blood_cells", "hippocampus_mr"} <= set(available_packs())
+    for name in ("cardiac_mr", "nuclei", "blood_cells", "hippocampus_mr"):
         assert verify_pack(name) > 100
 
 
@@ -24,6 +24,12 @@ def test_cardiac_mr():
     assert folder.class_names == ("background", "left ventricle") and not folder.instances
     assert not {i.group for i in folder.train} & {i.group for i in folder.val}
     assert len({i.group for i in folder.items}) == 30 and folder.fingerprint.channels == 1
+
+
+def test_hippocampus_mr():
+    folder = open_folder("pack:hippocampus_mr")
+    assert folder.class_names == ("background", "anterior", "posterior") and not folder.problems
+    assert (len(folder.train), len(folder.val)) == (60, 20) and folder.fingerprint.spacing == (1.0, 1.0, 1.0)
 
 
 def test_nuclei():

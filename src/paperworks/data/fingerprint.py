@@ -28,15 +28,17 @@ _SAMPLES = 4_000_000  # float pixels of the whole set that percentiles are taken
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What a data set is, in plain numbers. Sizes are (height, width); ``mean`` and ``std`` are of images in [0, 1]."""
+    """What a data set is, in plain numbers. Sizes are (height, width), of volumes (depth, height, width); ``mean`` and ``std`` are of
+    images in [0, 1].
+    """
 
     images: int
     channels: int
     dtype: str
     bit_depth: int
-    min_size: tuple[int, int]
-    median_size: tuple[int, int]
-    max_size: tuple[int, int]
+    min_size: tuple[int, ...]
+    median_size: tuple[int, ...]
+    max_size: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     range: tuple[float, float]
@@ -50,6 +52,7 @@ class Fingerprint:
     objects: tuple[int, int, int] | None = None
     """Fewest, median and most objects in an image, where the labels tell them apart."""
     spacing: tuple[float, ...] | None = None
+    """Of volumes the median."""
     sha256: str = ""
     """Over the names and contents of all images and labels, and what is said of them."""
 
@@ -64,7 +67,7 @@ class Fingerprint:
 class Scan:
     """What one item is; summed up by ``summarise`` and ``label_statistics``."""
 
-    size: tuple[int, int]
+    size: tuple[int, ...]
     dtype: str
     bit_depth: int
     maximum: float
@@ -80,6 +83,8 @@ class Scan:
     objects: int = 0
     outside: int = 0
     """Pixels outside the region whose labels count."""
+    spacing: tuple[float, ...] | None = None
+    """What the file's own header says."""
 
     @property
     def channels(self) -> int:
@@ -93,8 +98,8 @@ def is_float(dtype: str) -> bool:
 
 
 def scan_image(array: np.ndarray, bit_depth: int, samples: int) -> Scan:
-    """Sums over one image H W C, in blocks of rows."""
-    channels = array.shape[2]
+    """Sums over one image H W C (or D H W C), in blocks along the first axis."""
+    channels = array.shape[-1]
     total, squares, maximum = np.zeros(channels), np.zeros(channels), -np.inf
     rows = max(1, _BLOCK // max(1, array[0].size))
     for i in range(0, len(array), rows):
@@ -107,11 +112,11 @@ def scan_image(array: np.ndarray, bit_depth: int, samples: int) -> Scan:
     if is_float(array.dtype.name):
         flat = array.reshape(-1, channels)
         kept = np.array(flat[:: max(1, len(flat) // samples)], dtype=np.float64)
-    return Scan((array.shape[0], array.shape[1]), array.dtype.name, bit_depth, maximum, total, squares, kept)
+    return Scan(array.shape[:-1], array.dtype.name, bit_depth, maximum, total, squares, kept)
 
 
-def scan_mask(raw: np.ndarray, inside: np.ndarray | None = None) -> Values:
-    """Values and their pixels (where ``inside``); where there are many, in how many pieces each is."""
+def scan_mask(raw: np.ndarray, inside: np.ndarray | None = None, pieces: bool = True) -> Values:
+    """Values and their pixels (where ``inside``); where there are many, and ``pieces`` are asked for, in how many each is."""
     counted = raw.ravel() if inside is None else raw[inside]
     if raw.dtype == np.uint8:
         counts = np.bincount(counted, minlength=256)
@@ -121,13 +126,13 @@ def scan_mask(raw: np.ndarray, inside: np.ndarray | None = None) -> Values:
         values, counts = np.unique(counted, return_counts=True)
         found = dict(zip(values.tolist(), counts.tolist()))
     regions = whole = 0
-    if (MANY if raw.dtype == np.uint8 else MANY_DEEP) < len(found) <= 65536 and min(found) >= 0 and max(found) < 1 << 24:
+    if pieces and (MANY if raw.dtype == np.uint8 else MANY_DEEP) < len(found) <= 65536 and min(found) >= 0 and max(found) < 1 << 24:
         present, numbers = np.unique(raw, return_inverse=True)
         numbers = numbers.reshape(raw.shape).astype(np.int32) + int(present[0] != 0)
         for label, where in enumerate(ndimage.find_objects(numbers), start=1):
             regions += 1
-            pieces: Any = ndimage.label(numbers[where] == label, np.ones((3, 3)))
-            whole += pieces[1] == 1
+            parts: Any = ndimage.label(numbers[where] == label, np.ones((3, 3)))
+            whole += parts[1] == 1
     return Values(found, 8 * raw.dtype.itemsize, regions, whole)
 
 
@@ -158,14 +163,14 @@ def samples_per_image(images: int) -> int:
 
 def summarise(scans: Sequence[Scan], channels: int, spacing: tuple[float, ...] | None, said: str) -> Fingerprint:
     """The fingerprint of the images; ``label_statistics`` are what the labels add."""
-    heights, widths = np.array([s.size[0] for s in scans]), np.array([s.size[1] for s in scans])
+    sizes = np.array([s.size for s in scans])
     dtype = scans[0].dtype
     if is_float(dtype):
         low, high, mean, std = _float_range(scans, channels)
     else:
         maximum = max(s.maximum for s in scans)
         low, high = 0.0, 255.0 if dtype == "uint8" else float(next(d for d in _DEPTHS if d >= maximum))
-        pixels = float((heights * widths).sum())
+        pixels = float(sizes.prod(1).sum())
         total = np.sum([_spread(s.total, channels) for s in scans], axis=0)
         squares = np.sum([_spread(s.squares, channels) for s in scans], axis=0)
         mean = total / pixels / high
@@ -176,15 +181,19 @@ def summarise(scans: Sequence[Scan], channels: int, spacing: tuple[float, ...] |
         channels=channels,
         dtype=dtype,
         bit_depth=max(s.bit_depth for s in scans),
-        min_size=(int(heights.min()), int(widths.min())),
-        median_size=(int(np.median(heights)), int(np.median(widths))),
-        max_size=(int(heights.max()), int(widths.max())),
+        min_size=_whole(sizes.min(0)),
+        median_size=_whole(np.median(sizes, 0)),
+        max_size=_whole(sizes.max(0)),
         mean=tuple(float(m) for m in mean),
         std=tuple(float(s) for s in std),
         range=(low, high),
-        spacing=spacing,
+        spacing=tuple(np.median([s.spacing for s in scans], 0).tolist()) if scans[0].spacing else spacing,
         sha256=content,
     )
+
+
+def _whole(sizes: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(n) for n in sizes)
 
 
 def label_statistics(scans: Sequence[Scan], coding: Coding) -> dict[str, Any]:

@@ -29,10 +29,11 @@ from paperworks.data.fingerprint import (
     scan_mask,
     summarise,
 )
-from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image, read_mask, unit
+from paperworks.data.images import read_header, unit
 from paperworks.data.labels import IGNORE, SETTINGS, Coding, Settings, decide, read_settings
 from paperworks.data.layouts import Found, Item, Problem
-from paperworks.data.packs import PREFIX, pack_path
+from paperworks.data.nifti import Geometry, is_readable, is_volume, read_array, read_geometry, read_mask_or_labels, stem
+from paperworks.data.packs import source_path
 from paperworks.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ def open_folder(source: str | Path, *, labelled: bool = True, progress: Progress
     Raises:
         InputError: the place does not exist, cannot be understood, or nothing usable is left in it.
     """
-    path = pack_path(str(source)) if str(source).startswith(PREFIX) else Path(source).expanduser()
-    if not path.exists():
-        raise InputError(f"{path} does not exist; check the name")
+    path = source_path(source)
     root = path if path.is_dir() else path.parent
     found, notes = _find(path, root, read_settings(root), labelled)
     if labelled and not found.items and not found.problems:
@@ -140,11 +139,11 @@ class Folder:
         """Items of ``train``, ``val`` or ``test``."""
         return tuple(i for i in self.items if i.split == name)
 
-    def image(self, item: Item) -> Shaped[np.ndarray, "H W C"]:
-        """The image in the files' own type and range; read-only."""
+    def image(self, item: Item) -> Shaped[np.ndarray, "*size C"]:
+        """The image H W C, or the volume D H W C, in the files' own type and range; read-only."""
         return self._reader.image(item)
 
-    def mask(self, item: Item) -> UInt8[np.ndarray, "H W"]:
+    def mask(self, item: Item) -> UInt8[np.ndarray, "*size"]:
         """Class numbers; 255 where the pixel does not count.
 
         Raises:
@@ -156,7 +155,7 @@ class Folder:
             mask[~inside] = IGNORE
         return mask
 
-    def instance_map(self, item: Item) -> Int32[np.ndarray, "H W"] | None:
+    def instance_map(self, item: Item) -> Int32[np.ndarray, "*size"] | None:
         """Objects numbered from 1, 0 elsewhere; None where the labels do not tell objects apart.
 
         Raises:
@@ -170,7 +169,11 @@ class Folder:
             objects[~inside] = 0
         return objects
 
-    def unit(self, array: Shaped[np.ndarray, "H W C"]) -> Float[Tensor, "C H W"]:
+    def spacing(self, item: Item) -> tuple[float, ...] | None:
+        """Millimetres from pixel to pixel, in the order of the axes; None where nothing says it."""
+        return read_geometry(item.images[0]).spacing if is_volume(item.images[0]) else self.fingerprint.spacing
+
+    def unit(self, array: Shaped[np.ndarray, "*size C"]) -> Float[Tensor, "C *size"]:
         """An image of this data set as float32 in [0, 1], with the channels that the whole set has."""
         return unit(array, self.fingerprint.range, self.fingerprint.channels)
 
@@ -178,7 +181,7 @@ class Folder:
         """Everything that a person wants to know before training, as plain values for JSON."""
         print_ = self.fingerprint
         classes = [
-            {"name": n, "pixels": round(p, 6), "images": i}
+            {"name": n, "share": round(p, 6), "images": i}
             for n, p, i in zip(self.class_names, print_.class_pixels, print_.class_images, strict=False)
         ]
         return {
@@ -208,7 +211,7 @@ class Folder:
             "problems": [{"path": str(p.path), "what": p.what, "fix": p.fix} for p in self.problems],
         }
 
-    def _labels(self, item: Item) -> Integer[np.ndarray, "H W"]:
+    def _labels(self, item: Item) -> Integer[np.ndarray, "*size"]:
         if self.task == "detection":
             raise InputError(f"{self.source} has boxes but no masks; give a data set with masks or polygons")
         if item.coco is not None:
@@ -237,18 +240,18 @@ class _Reader:
         self._start()
 
     def image(self, item: Item) -> np.ndarray:
-        return self._once(("image", item.name), lambda: _stack([read_image(p) for p in item.images], item))
+        return self._once(("image", item.name), lambda: _stack([read_array(p) for p in item.images], item))
 
     def raw(self, item: Item) -> np.ndarray:
         """Values as they are in the mask file."""
         assert item.mask is not None
         path = item.mask
-        return self._once(("mask", item.name), lambda: read_mask(path))
+        return self._once(("mask", item.name), lambda: read_mask_or_labels(path))
 
     def inside(self, item: Item) -> np.ndarray | None:
         """True where the labels count."""
         path = item.valid
-        return None if path is None else self._once(("valid", item.name), lambda: read_mask(path) > 0)
+        return None if path is None else self._once(("valid", item.name), lambda: read_mask_or_labels(path) > 0)
 
     def drawn(self, item: Item) -> tuple[np.ndarray, np.ndarray]:
         """Class numbers and object numbers of COCO annotations."""
@@ -275,9 +278,9 @@ def _stack(channels: Sequence[np.ndarray], item: Item) -> np.ndarray:
     if len(channels) == 1:
         return channels[0]
     for path, array in zip(item.images, channels):
-        if array.shape[:2] != channels[0].shape[:2] or array.dtype != channels[0].dtype:
+        if array.shape[:-1] != channels[0].shape[:-1] or array.dtype != channels[0].dtype:
             raise InputError(f"{path} differs in size or type from {item.images[0].name}; export the channels alike")
-    return np.concatenate(channels, axis=2)
+    return np.concatenate(channels, axis=-1)
 
 
 def _find(path: Path, root: Path, settings: Settings, labelled: bool) -> tuple[Found, coco.Annotations | None]:
@@ -287,8 +290,8 @@ def _find(path: Path, root: Path, settings: Settings, labelled: bool) -> tuple[F
             if read is None:
                 raise InputError(f"{path} is not COCO (an object with 'images' and 'annotations'); give the folder of the data instead")
             return read
-        if path.suffix.lower() in IMAGE_SUFFIXES and not labelled:
-            return Found("one image", unlabelled=[Item(name=path.stem, images=(path,))], settings=settings), None
+        if is_readable(path) and not labelled:
+            return Found("one image", unlabelled=[Item(name=stem(path), images=(path,))], settings=settings), None
         raise InputError(f"{path} is a file where a folder of images and masks, or a COCO file, is expected; give the folder")
     if not labelled:
         return layouts.find(root, settings, labelled=False), None
@@ -352,15 +355,22 @@ def _files(item: Item) -> list[Path]:
 
 def _scan(item: Item, reader: _Reader, samples: int) -> Scan:
     image = reader.image(item)
-    height, width = image.shape[:2]
-    header = read_header(item.images[0])
+    header = read_geometry(item.images[0]) if is_volume(item.images[0]) else read_header(item.images[0])
     scan = scan_image(image, header.bit_depth, samples)
-    turned = " (after its EXIF orientation)" if header.orientation >= 5 else ""
+    turned = ""
+    if isinstance(header, Geometry):
+        scan.spacing = header.spacing
+        for path in _files(item)[1:]:
+            if is_volume(path) and (other := read_geometry(path)).size == header.size:
+                _same_place(path, other, header)
+    elif header.orientation >= 5:
+        turned = " (after its EXIF orientation)"
 
     def same_size(array: np.ndarray, path: Path) -> None:
-        if array.shape != (height, width):
-            size = f"{array.shape[1]}x{array.shape[0]}"
-            raise InputError(f"{path} is {size} and its image {width}x{height}{turned}; export the two in the same size")
+        if array.shape != scan.size:
+            raise InputError(
+                f"{path} is {_written(array.shape)} and its image {_written(scan.size)}{turned}; export the two in the same size"
+            )
 
     inside = reader.inside(item)
     if inside is not None and item.valid is not None:
@@ -368,12 +378,12 @@ def _scan(item: Item, reader: _Reader, samples: int) -> Scan:
     if item.mask is not None:
         raw = reader.raw(item)
         same_size(raw, item.mask)
-        scan.values = scan_mask(raw, inside)
+        scan.values = scan_mask(raw, inside, pieces=raw.ndim == 2)
         scan.outside = 0 if inside is None else int(inside.size - inside.sum())
     elif item.coco is not None and reader.notes is not None:
         stated = reader.notes.sizes[item.coco]
-        if stated != (height, width):
-            size = f"{width}x{height}{turned}"
+        if stated != scan.size:
+            size = f"{_written(scan.size)}{turned}"
             raise InputError(
                 f"{item.images[0]} is {size} and {item.coco[0].name} says {stated[1]}x{stated[0]}; annotate the file that is here"
             )
@@ -382,6 +392,17 @@ def _scan(item: Item, reader: _Reader, samples: int) -> Scan:
             scan.values, scan.objects = scan_mask(classes), int(numbers.max(initial=0))
     scan.digest = f"{item.name} {digest(_files(item))}"
     return scan
+
+
+def _written(size: Sequence[int]) -> str:
+    """Pictures as width x height; volumes as depth x height x width."""
+    return "x".join(map(str, size if len(size) == 3 else size[::-1]))
+
+
+def _same_place(path: Path, geometry: Geometry, image: Geometry) -> None:
+    """Voxels of one volume lie on those of another, to half a voxel."""
+    if (apart := geometry.apart(image)) > 0.5 * max(image.spacing):
+        raise InputError(f"{path} lies elsewhere than its image (up to {apart:.1f} mm off); save it with the image's affine")
 
 
 def _problem(item: Item, error: InputError) -> Problem:

@@ -71,7 +71,7 @@ def read_header(path: str | Path) -> Header:
         InputError: the file cannot be read or is not an image.
     """
     path = Path(path)
-    return _guarded(path, lambda: _header(path, _magic(path)))
+    return guarded(path, lambda: _header(path, _magic(path)))
 
 
 def read_image(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
@@ -88,7 +88,7 @@ def read_image(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
         InputError: the file cannot be read, is damaged, too large, a stack of several frames, or has NaN or infinite pixels.
     """
     path = Path(path)
-    array = _guarded(path, lambda: _decode_image(path, max_pixels))
+    array = guarded(path, lambda: _decode_image(path, max_pixels))
     if array.dtype.kind == "f" and not _finite(array):
         raise InputError(f"{path} has NaN or infinite pixels; replace them by numbers and save the file again")
     return array
@@ -104,7 +104,7 @@ def read_mask(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
         InputError: as ``read_image``; also non-integral float labels and JPEG masks with more than two values.
     """
     path = Path(path)
-    array = _guarded(path, lambda: _decode_mask(path, max_pixels))
+    array = guarded(path, lambda: _decode_mask(path, max_pixels))
     if array.dtype.kind == "f":
         whole = np.rint(array)
         if not _finite(array) or not np.array_equal(whole, array):
@@ -119,8 +119,8 @@ def read_mask(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
     return array
 
 
-def unit(array: np.ndarray, value_range: tuple[float, float], channels: int) -> Float[Tensor, "C H W"]:
-    """Raw image H W C -> float32 C H W in [0, 1] with ``channels`` channels.
+def unit(array: np.ndarray, value_range: tuple[float, float], channels: int) -> Float[Tensor, "C *size"]:
+    """Raw image H W C (or volume D H W C) -> float32 C H W in [0, 1] with ``channels`` channels.
 
     ``value_range`` are the raw values that become 0 and 1; what lies outside is clipped. Grey becomes RGB by repetition, alpha is dropped
     where it is not asked for, and RGB with three equal channels becomes grey.
@@ -132,29 +132,29 @@ def unit(array: np.ndarray, value_range: tuple[float, float], channels: int) -> 
 
     array = _fit_channels(array, channels)
     low, high = value_range
-    scaled = np.array(array.transpose(2, 0, 1), dtype=np.float32, order="C")  # a copy: the array may be kept by others
+    scaled = np.array(np.moveaxis(array, -1, 0), dtype=np.float32, order="C")  # a copy: the array may be kept by others
     scaled -= np.float32(low)
     scaled /= np.float32(high - low)
     return torch.from_numpy(scaled).clamp_(0, 1)
 
 
 def _fit_channels(array: np.ndarray, channels: int) -> np.ndarray:
-    have = array.shape[2]
+    have = array.shape[-1]
     if have == channels:
         return array
     if have in (2, 4) and channels in (1, 3):  # the last one is alpha
-        return _fit_channels(array[:, :, :-1], channels)
+        return _fit_channels(array[..., :-1], channels)
     if have == 1:
-        return np.repeat(array, channels, axis=2)
+        return np.repeat(array, channels, axis=-1)
     if channels == 1 and have == 3 and (array[..., 0] == array[..., 1]).all() and (array[..., 0] == array[..., 2]).all():
-        return array[:, :, :1]
+        return array[..., :1]
     raise InputError(f"an image has {have} channels where {channels} are expected; convert it to {channels}")
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------------------------
 
 
-def _guarded(path: Path, read: Callable[[], T]) -> T:
+def guarded(path: Path, read: Callable[[], T]) -> T:
     """Run ``read``; whatever a decoder raises becomes one line that names the file."""
     try:
         return read()

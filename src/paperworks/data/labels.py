@@ -181,12 +181,12 @@ class Coding:
     rule: str
     """Which rule applied, in words."""
 
-    def encode(self, raw: Integer[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W"]:
+    def encode(self, raw: Integer[np.ndarray, "*size"]) -> UInt8[np.ndarray, "*size"]:
         """Class numbers; ``IGNORE`` where the value is to be ignored or not known."""
         other = 1 if self.instances else IGNORE
         return self._map(raw, other).astype(np.uint8)
 
-    def objects(self, raw: Integer[np.ndarray, "H W"]) -> Int32[np.ndarray, "H W"]:
+    def objects(self, raw: Integer[np.ndarray, "*size"]) -> Int32[np.ndarray, "*size"]:
         """Objects numbered as in the file (colours and labels beyond 31 bits: 1, 2 ... in their order); 0 is none."""
         if raw.size and int(raw.max()) < COLOUR:
             return np.where(self.encode(raw) == 1, raw, 0).astype(np.int32)

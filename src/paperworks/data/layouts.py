@@ -5,6 +5,7 @@ A layout is found from names only, but for one case: two sibling folders of whic
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from paperworks.data.images import COLOUR, IMAGE_SUFFIXES, read_mask
+from paperworks.data.images import COLOUR
 from paperworks.data.labels import SETTINGS, Settings, read_json
+from paperworks.data.nifti import is_readable, is_volume, read_mask_or_labels, stem
 from paperworks.errors import InputError
 
 SPLITS = {
@@ -49,7 +51,10 @@ _VALID = {"fov", "roi", "valid_region"}
 _UNLABELLED = {"unlabelled", "unlabeled"}
 _MASK_ENDINGS = ("_masks", "_mask", "_labels", "_label", "_segmentation", "_seg", "_gt", "_instances")
 _IMAGE_ENDINGS = ("_image", "_img")
-_VOLUMES = (".nii", ".nii.gz", ".dcm", ".mha", ".nrrd")
+_OTHER_VOLUMES = (".dcm", ".mha", ".mhd", ".nrrd", ".mgz", ".img")
+
+
+_CHANNEL = re.compile(r"_\d{4}$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +133,9 @@ def find(root: Path, settings: Settings, labelled: bool = True) -> Found:
         return _nnunet(root, settings)
     places = _places(root, settings)
     if not places:
-        volumes = next((p for p in root.rglob("*") if p.name.lower().endswith(_VOLUMES)), None)
+        volumes = next((p for p in root.rglob("*") if p.name.lower().endswith(_OTHER_VOLUMES)), None)
         if volumes is not None:
-            raise InputError(f"{volumes} is a volume, and only 2-D images are read here; export its slices as PNG or TIFF")
+            raise InputError(f"{volumes} is a volume of a kind that is not read here; convert it to NIfTI (.nii.gz)")
         raise InputError(f"{root} holds no images; put them into {root / 'images'} and the masks of the same names into {root / 'masks'}")
     if not labelled:
         named = [(name, file, p.split) for p in places if p.role not in ("labels", "valid") for name, file in p.named()]
@@ -142,7 +147,7 @@ def find(root: Path, settings: Settings, labelled: bool = True) -> Found:
 
 
 def _stem(path: Path) -> str:
-    return unicodedata.normalize("NFC", path.stem)
+    return unicodedata.normalize("NFC", stem(path))
 
 
 def is_hidden(path: Path, root: Path) -> bool:
@@ -152,8 +157,10 @@ def is_hidden(path: Path, root: Path) -> bool:
 
 def _places(root: Path, settings: Settings) -> list[_Place]:
     folders: dict[Path, list[Path]] = defaultdict(list)
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path, root):
+    readable = [p for p in sorted(root.rglob("*")) if is_readable(p) and not is_hidden(p, root)]
+    volumes = 2 * sum(map(is_volume, readable)) > len(readable)  # the few of the other kind are previews, or something else beside the data
+    for path in readable:
+        if is_volume(path) == volumes:
             folders[path.parent].append(path)
     return [_read_place(folder, files, root, settings) for folder, files in sorted(folders.items())]
 
@@ -270,7 +277,7 @@ def _mask_like(places: Sequence[_Place]) -> bool:
     """Whether the first few pictures have few values each."""
     for file in [f for p in places for f in p.files][:4]:
         try:
-            mask = read_mask(file)
+            mask = read_mask_or_labels(file)
         except InputError:
             return False
         if len(np.unique(mask)) > (64 if mask.dtype != np.uint32 or mask.max() >= COLOUR else 4096):
@@ -339,7 +346,10 @@ def _unique(named: Named, problems: list[Problem]) -> dict[str, tuple[Path, str 
 
 
 def _nnunet(root: Path, settings: Settings) -> Found:
-    """nnU-Net's raw format: imagesTr/NAME_0000.png, NAME_0001.png ... (channels), labelsTr/NAME.png, dataset.json."""
+    """nnU-Net's raw format: imagesTr/NAME_0000.png, NAME_0001.png ... (channels), labelsTr/NAME.png, dataset.json.
+
+    Volumes may be those of the Medical Segmentation Decathlon, whose one file a case holds all channels: imagesTr/NAME.nii.gz.
+    """
     description: dict[str, Any] = read_json(root / "dataset.json") if (root / "dataset.json").is_file() else {}
     if not isinstance(description, dict):
         raise InputError(f"{root / 'dataset.json'} must be an object with 'labels' and 'channel_names'")
@@ -347,23 +357,20 @@ def _nnunet(root: Path, settings: Settings) -> Found:
     found = Found("nnU-Net raw", settings=_nnunet_settings(root, description, channels, settings), label_folder="labelsTr")
     for images, labels, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
         cases: dict[str, dict[int, Path]] = defaultdict(dict)
-        files = [f for f in sorted((root / images).glob("*")) if not is_hidden(f, root)]
+        files = [f for f in sorted((root / images).glob("*")) if is_readable(f) and not is_hidden(f, root)]
+        masks: dict[str, list[Path]] = defaultdict(list)
+        for file in sorted((root / labels).glob("*")):
+            if is_readable(file) and not is_hidden(file, root):
+                masks[_stem(file)].append(file)
+        decathlon = bool(files) and all(is_volume(f) and not _CHANNEL.search(_stem(f)) for f in files)
         for file in files:
-            if file.name.lower().endswith(_VOLUMES):
-                raise InputError(f"{file} is a volume, and only 2-D images are read here; export its slices as PNG or TIFF")
-            if file.suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            name, _, number = _stem(file).rpartition("_")
+            name, _, number = (_stem(file), "", "0000") if decathlon else _stem(file).rpartition("_")
             if not name or len(number) != 4 or not number.isdigit():
                 found.problems.append(Problem(file, "does not end in its channel's number", "rename it, such as NAME_0000.png"))
             elif int(number) in cases[name]:
                 found.problems.append(Problem(file, f"has the same name as {cases[name][int(number)].name}", "keep one of them"))
             else:
                 cases[name][int(number)] = file
-        masks: dict[str, list[Path]] = defaultdict(list)
-        for file in sorted((root / labels).glob("*")):
-            if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file, root):
-                masks[_stem(file)].append(file)
         # Not the number of names in dataset.json: one RGB file may hold three of them.
         usual = Counter(map(len, cases.values())).most_common(1)[0][0] if cases else 0
         for name, numbered in cases.items():

@@ -48,6 +48,18 @@ def pack_path(source: str) -> Path:
     return packs[name]
 
 
+def source_path(source: str | Path) -> Path:
+    """The folder or file of a source as a person names it: a path or ``pack:NAME``.
+
+    Raises:
+        InputError: it does not exist.
+    """
+    path = pack_path(str(source)) if str(source).startswith(PREFIX) else Path(source).expanduser()
+    if not path.exists():
+        raise InputError(f"{path} does not exist; check the name")
+    return path
+
+
 def verify_pack(name: str) -> int:
     """Compare every file of a pack with its ``SHA256SUMS``. Returns how many files were compared.
 

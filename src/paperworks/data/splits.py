@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from paperworks.data.images import IMAGE_SUFFIXES
 from paperworks.data.labels import read_json
 from paperworks.data.layouts import SPLITS, Item, Problem
+from paperworks.data.nifti import is_readable, stem
 from paperworks.errors import InputError
 
 SHARE = 0.2
@@ -130,7 +130,7 @@ class _Names:
     def find(self, written: str) -> str | None:
         written = unicodedata.normalize("NFC", written.replace("\\", "/"))
         path = PurePosixPath(written)
-        bare = str(path.with_suffix("")) if path.suffix.lower() in IMAGE_SUFFIXES else written
+        bare = str(path.with_name(stem(Path(path.name)))) if is_readable(Path(path.name)) else written
         for name in (written, bare):
             if name in self.known:
                 return name
