@@ -48,7 +48,7 @@ def predict(arm: str, source: Path, target: Path) -> None:
     with TiffRows(source) as rows:
         height, width = rows.height, rows.width
         if arm == "paperworks/rows":
-            slabs = predict_slabs(net, lambda a, b: unit(rows(a, b)), height, width, Grid(16), window=WINDOW, overlap=OVERLAP)
+            slabs = predict_slabs(net, lambda a, b: unit(rows(a, b)), (height, width), Grid(16), window=WINDOW, overlap=OVERLAP)
             write_tiff(target, (slab.argmax(0).to(torch.uint8).numpy() for slab in slabs), height, width, np.uint8)
             return
         image = unit(rows(0, height))

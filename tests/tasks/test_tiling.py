@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paperworks.data.tiff import TiffRows, write_tiff
 from paperworks.errors import InputError
 from paperworks.tasks.base import Grid
-from paperworks.tasks.tiling import _axis, padded, predict_array, predict_slabs
+from paperworks.tasks.tiling import _axis, box, padded, predict_array, predict_slabs
 
 
 class Valid(nn.Module):
@@ -158,6 +158,100 @@ def test_one_pass_when_it_fits():
     assert max(c[0] for c in calls) == 4 and {c[2:] for c in calls[1:]} == {(64, 64)}
 
 
+class ValidVolume(nn.Module):
+    """One pooling without padding, in three axes."""
+
+    grid = Grid(2, offset=0, margin=4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv3d(1, 3, 3), nn.Conv3d(3, 3, 3)
+        self.up, self.end = nn.ConvTranspose3d(3, 3, 2, stride=2), nn.Conv3d(3, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.up(self.b(torch.max_pool3d(self.a(x).relu(), 2)).relu()))
+
+
+def volume(*size: int) -> Tensor:
+    return torch.rand(1, *size, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(("window", "batch"), [(7, 1), ((5, 9, 100), 3), (12, 50)])
+def test_windows_of_volumes_are_exact_without_padding(window, batch):
+    torch.manual_seed(0)
+    net, x = ValidVolume().eval(), volume(17, 23, 30)
+    whole = predict_array(net, x, net.grid, window=1000)
+    with torch.inference_mode():
+        direct = net(nn.functional.pad(x[None], (4, 4, 4, 5, 4, 5), mode="reflect"))[0]
+    assert whole.shape == (2, 17, 23, 30) and (whole - direct[:, :17, :23, :30]).abs().max() < 1e-6
+    assert (predict_array(net, x, net.grid, window=window, batch=batch) - whole).abs().max() < 1e-6
+
+
+def test_windows_of_volumes_blend_to_one():
+    x = volume(21, 40, 33)
+    calls = []
+
+    def forward(b: Tensor) -> Tensor:
+        calls.append(tuple(b.shape[2:]))
+        return torch.cat([b, 1 - b], 1)
+
+    out = predict_array(forward, x, Grid(8), window=16, overlap=0.5, batch=4)
+    assert set(calls) == {(16, 16, 16)} and torch.allclose(out, torch.cat([x, 1 - x]), atol=1e-6)
+
+
+def test_volumes_agree_with_monai():
+    """Windows at the same places, averaged with equal weights by MONAI: equal where one window only covers a voxel, or where all agree."""
+    monai = pytest.importorskip("monai.inferers")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 2, 3, padding=1)).eval()  # sees two voxels to each side
+    x = volume(32, 48, 64)
+    with torch.inference_mode():
+        theirs = monai.sliding_window_inference(x[None], 16, 4, net, overlap=0.0)[0]
+        ours = predict_array(net, x, Grid(16), window=16, overlap=0.0, batch=4)
+        assert (ours - theirs).abs().max() < 1e-6
+        theirs = monai.sliding_window_inference(x[None], 16, 4, net, overlap=0.5)[0]
+        ours = predict_array(net, x, Grid(8), window=16, overlap=0.5, batch=4)
+        whole = net(x[None])[0]
+    edges = torch.stack(torch.meshgrid(*(torch.arange(n) % 8 for n in (32, 48, 64)), indexing="ij"))
+    inside = ((edges >= 2) & (edges < 6)).all(0)  # no window that covers these voxels ends within two voxels of them
+    assert inside.float().mean() > 0.1
+    assert (ours - theirs)[:, inside].abs().max() < 1e-5 and (ours - whole)[:, inside].abs().max() < 1e-5
+    assert (ours - whole).abs().mean() < (theirs - whole).abs().mean()  # smooth weights trust a window's edge less
+
+
+def test_memory_does_not_grow_with_the_depth():
+    def peak(depth: int) -> int:
+        def read(top: int, bottom: int) -> Tensor:
+            assert 0 <= top < bottom <= depth and bottom - top <= 8
+            return torch.arange(top, bottom).float()[None, :, None, None].expand(1, bottom - top, 24, 20).contiguous()
+
+        total = 0
+        with LiveBytes() as live:
+            for slab in predict_slabs(lambda x: x, read, (depth, 24, 20), Grid(), window=8):
+                assert torch.allclose(slab[0, :, 3, 4], torch.arange(total, total + slab.shape[1]).float(), atol=1e-3)
+                total += slab.shape[1]
+        assert total == depth
+        return live.peak
+
+    assert peak(400) - peak(40) < 120 * (400 - 40)  # weights only; a slice of the result would be 1920 bytes
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "spacing", "expected"),
+    [
+        ((100, 100, 100), 64**3, None, (64, 64, 64)),
+        ((20, 500, 500), 64**3, None, (20, 114, 114)),
+        ((35, 50, 35), 65536, None, (35, 50, 35)),
+        ((80, 400, 400), 8 * 40 * 40, (5.0, 1.0, 1.0), (8, 40, 40)),
+        ((4, 400, 30), 4 * 30 * 50, (5.0, 1.0, 1.0), (4, 50, 30)),
+        ((3, 3, 3), 1, (1.0, 100.0, 1.0), (1, 1, 1)),
+        ((1, 1, 50), 10, (9.0, 1.0, 1.0), (1, 1, 10)),
+    ],
+)
+def test_boxes(size, pixels, spacing, expected):
+    assert box(size, pixels, spacing) == expected
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive (views too), and their peak."""
 
@@ -186,7 +280,7 @@ def test_memory_does_not_grow_with_the_height():
 
         total = 0
         with LiveBytes() as live:
-            for slab in predict_slabs(lambda x: x, read, height, 256, Grid(), window=64):
+            for slab in predict_slabs(lambda x: x, read, (height, 256), Grid(), window=64):
                 assert torch.allclose(slab[0, :, 0], torch.arange(total, total + slab.shape[1]).float())
                 total += slab.shape[1]
         assert total == height
@@ -198,7 +292,7 @@ def test_memory_does_not_grow_with_the_height():
 
 def test_rows_come_once_and_in_order():
     x = image(333, 50)
-    slabs = list(predict_slabs(lambda b: b, lambda t, b: x[:, t:b], 333, 50, Grid(16), window=64, overlap=0.5))
+    slabs = list(predict_slabs(lambda b: b, lambda t, b: x[:, t:b], (333, 50), Grid(16), window=64, overlap=0.5))
     assert len(slabs) > 5 and torch.allclose(torch.cat(slabs, 1), x, atol=1e-6)
 
 
@@ -259,7 +353,7 @@ def test_tiff_to_tiff(tmp_path: Path, valid):
         return valid(x).softmax(1)
 
     with TiffRows(tmp_path / "a.tif") as rows:
-        slabs = list(predict_slabs(forward, lambda a, b: unit(rows(a, b)), rows.height, rows.width, Valid.grid, window=200))
+        slabs = list(predict_slabs(forward, lambda a, b: unit(rows(a, b)), (rows.height, rows.width), Valid.grid, window=200))
     write_tiff(tmp_path / "m.tif", (slab.argmax(0).numpy() for slab in slabs), 700, 607, np.uint8)
     write_tiff(tmp_path / "p.tif", (slab.permute(1, 2, 0).numpy() for slab in slabs), 700, 607, np.float16, channels=3)
     expected = predict_array(forward, unit(pixels[..., None]), Valid.grid, window=1000)
