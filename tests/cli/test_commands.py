@@ -46,7 +46,7 @@ def test_data(blobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_evaluate(run: Path, exported: Path, blobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = ask(capsys, "evaluate", str(run), str(blobs)), ask(capsys, "evaluate", str(exported), str(blobs))
     assert ours["metrics"]["dice"] == pytest.approx(theirs["metrics"]["dice"], abs=1e-3)
-    assert set(ours["baselines"]) == {"otsu", "majority"} and len(ours["per_image"]) == 4
+    assert set(ours["baselines"]) == {"otsu", "majority"} and len(ours["per_item"]) == 4
     recorded = json.loads((run / "run.json").read_text())["metrics"]["dice"]
     assert ours["metrics"]["dice"] == pytest.approx(recorded, abs=1e-4)
 

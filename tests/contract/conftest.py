@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from paperworks import papers
-from paperworks.study import audit
 from paperworks.tasks import task
-from paperworks.tasks.base import Batch, Loss, Paper
+from paperworks.tasks.base import Batch, Loss, Paper, grid_of
+from paperworks.tasks.contract import Task
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for ``card`` runs for every paper, one that asks for ``subject`` for every architecture."""
+    """A test that asks for ``card`` runs for every paper, one for ``subject`` for every network, one for ``dense`` for those that segment images."""
     cards = papers.cards()
     if "card" in metafunc.fixturenames:
         metafunc.parametrize("card", list(cards.values()), ids=list(cards))
+    subjects = [Subject(name) for name, card in cards.items() if card.variants]
     if "subject" in metafunc.fixturenames:
-        found = [Subject(name) for name, card in cards.items() if card.kind == "architecture"]
-        metafunc.parametrize("subject", found, ids=[s.id for s in found])
+        metafunc.parametrize("subject", subjects, ids=[s.id for s in subjects])
+    if "dense" in metafunc.fixturenames:
+        found = [s for s in subjects if s.card.task == "segmentation" and 2 in s.card.ndim]
+        metafunc.parametrize("dense", found, ids=[s.id for s in found])
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,7 @@ def one_thread():
 
 @dataclass(frozen=True)
 class Subject:
-    """An architecture's ``test`` variant in the hands of a test."""
+    """A network's ``test`` variant in the hands of a test."""
 
     id: str
 
@@ -51,29 +54,43 @@ class Subject:
         return papers.paper(self.id)
 
     @property
+    def task(self) -> type[Task]:
+        return task(self.card.task)
+
+    @property
     def config(self) -> Any:
         return self.paper.variants["test"]
 
     @property
     def loss(self) -> Loss:
-        return self.paper.loss(self.config) if self.paper.loss else task(self.card.task).loss
+        return self.paper.loss(self.config) if self.paper.loss else self.task.loss
 
-    def spec(self, channels: int = 1, classes: int = 3, ndim: int = 2) -> Any:
-        return audit.plain_spec(self.card.task, channels, classes, ndim)
+    def spec(self, channels: int = 1, classes: int = 3, ndim: int | None = None) -> Any:
+        return self.task.plain_spec(channels, classes, ndim or self.card.ndim[0])
 
-    def network(self, channels: int = 1, classes: int = 3, ndim: int = 2, seed: int = 0) -> Any:
+    def network(self, channels: int = 1, classes: int = 3, ndim: int | None = None, seed: int = 0) -> Any:
         """As a training starts with it."""
         torch.manual_seed(seed)
         return self.paper.build(self.spec(channels, classes, ndim), self.config)
 
-    def filled(self, channels: int = 1, classes: int = 3, ndim: int = 2) -> Any:
+    def filled(self, channels: int = 1, classes: int = 3, ndim: int | None = None) -> Any:
         """In evaluation mode, with weights that follow from their names alone and outputs that are far from zero."""
         network = self.network(channels, classes, ndim)
         fill(network)
         return network.eval()
 
-    def batch(self, network: nn.Module, channels: int = 1, classes: int = 3, ndim: int = 2, size: int = 32, batch: int = 2) -> Batch:
-        return audit.plain_batch(network, channels, classes, ndim, size, batch)
+    def batch(
+        self, network: nn.Module, channels: int = 1, classes: int = 3, ndim: int | None = None, size: int = 32, batch: int = 2
+    ) -> Batch:
+        return self.task.plain_batch(network, self.spec(channels, classes, ndim), size=size, batch=batch)
+
+    def given(self, network: nn.Module, channels: int = 1, classes: int = 3, batch: int = 2) -> Any:
+        """What a network in evaluation mode takes."""
+        return self.task.example(self.spec(channels, classes), grid_of(network), batch=batch)
+
+    def output(self, network: nn.Module, given: Any) -> Tensor:
+        """The output that the task asks for."""
+        return network(given)[self.task.output]
 
 
 def wave(name: str, shape: tuple[int, ...]) -> Tensor:

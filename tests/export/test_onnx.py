@@ -15,7 +15,7 @@ from paperworks.tasks.base import Grid
 
 NAMES = {"paper": "some_paper", "variant": "small", "licence": "CC0-1.0"}
 GRID = Grid(4)
-SPEC = json.dumps({"channels": 2, "classes": ["a", "b", "c"]})
+SPEC = json.dumps({"task": "segmentation", "channels": 2, "classes": ["a", "b", "c"]})
 
 
 class Net(nn.Module):
@@ -113,7 +113,7 @@ def images(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 def export(module: nn.Module, path, samples, grid=GRID):
-    return export_onnx(module, path, sample_images=samples, grid=grid, spec_json=SPEC, names=NAMES)
+    return export_onnx(module, path, outputs=("probabilities",), samples=samples, grid=grid, spec_json=SPEC, names=NAMES)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ GOOD = {
     "builds": {"parameters": {}, "problems": []},
     "oracle": {"oracles": [{"against": "a peer", "relative_error": 1e-6}], "properties": []},
     "claim": {"held": False},
-    "usable": {"value": 0.9, "baseline": 0.3, "problems": [], "export": {"relative_error": 1e-6}},
+    "usable": {"pack": "pack:a", "value": 0.9, "baseline": 0.3, "problems": [], "export": {"relative_error": 1e-6}},
     "cost": {"latency_ms": {"eager": {"1": {"p50": 10.0}}}},
 }
 
@@ -26,7 +26,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def record(name: str, **changes: dict) -> None:
-    study._best.cache_clear()
+    study._recorded.cache_clear()
     for level, content in (GOOD | changes).items():
         evidence.record(name, level, current_code(papers.card(name), level), content)
 

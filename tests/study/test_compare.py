@@ -14,7 +14,7 @@ def row(name: str, values: list[float], latency: float, kind: str = "paper", sta
         "kind": kind,
         "status": status,
         "metrics": {"dice": sum(values) / len(values)} if values else {},
-        "per_image": [{"name": str(i), "dice": v} for i, v in enumerate(values)],
+        "per_item": [{"name": str(i), "dice": v} for i, v in enumerate(values)],
         "cost": {"params": 1000, "latency_ms": {"eager": {"1": {"p50": latency}}, "onnxruntime": {"1": None}}},
     }
 

@@ -9,12 +9,20 @@ from paperworks.errors import InputError
 from paperworks.study.measure import measure, measure_subject
 from paperworks.tasks.base import Grid
 from paperworks.tasks.environment import hardware, interleaved, summary, versions
+from paperworks.tasks.segmentation import Segmentation
 
 FORMS = {"eager", "channels_last", "fused"}
 
 
+def on(grid: Grid, *layers: nn.Module) -> nn.Sequential:
+    module = nn.Sequential(*layers)
+    module.grid = grid  # type: ignore[assignment]
+    return module
+
+
 def net() -> nn.Sequential:
-    return nn.Sequential(
+    return on(
+        Grid(8),
         nn.Conv2d(2, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
@@ -27,7 +35,7 @@ def net() -> nn.Sequential:
 def measured():
     told: list[str] = []
     module = net().train()
-    found = measure(module, channels=2, size=(21, 30), grid=Grid(8), seconds=0.02, progress=told.append)
+    found = measure(module, task=Segmentation, spec=Segmentation.plain_spec(2), size=(21, 30), seconds=0.02, progress=told.append)
     return found, told
 
 
@@ -54,8 +62,8 @@ def test_the_record_is_plain_and_whole(measured):
 
 
 def test_memory_is_that_of_the_largest_map_and_long_batches_are_left_out():
-    wide = nn.Sequential(nn.Conv2d(1, 64, 1), nn.Conv2d(64, 1, 1))
-    found = measure(wide, channels=1, size=(1024, 512), grid=Grid(), batches=(1, 10**9), seconds=1e-6)
+    wide = on(Grid(), nn.Conv2d(1, 64, 1), nn.Conv2d(64, 1, 1))
+    found = measure(wide, task=Segmentation, spec=Segmentation.plain_spec(1), size=(1024, 512), batches=(1, 10**9), seconds=1e-6)
     assert all(times["1"] and times[str(10**9)] is None for times in found["latency_ms"].values())
     if sys.platform == "linux":
         map_mib = 64 * 1024 * 512 * 4 / 2**20  # 128

@@ -17,6 +17,7 @@ from PIL import Image
 from paperworks.study.charts import Curve, Point, curve_chart, front, front_chart
 from paperworks.study.report import render, write_report
 from paperworks.study.words import decimal, duration, si, three
+from paperworks.tasks.segmentation import Segmentation
 
 NAMES = ("U-Net", "U-Net++", "Attention U-Net", "SegFormer", "PSPNet", "DeepLab v2", "SegNet", "ENet")
 DICE = (0.926, 0.931, 0.92, 0.905, 0.889, 0.917, 0.13, 0.878)
@@ -58,7 +59,7 @@ def comparison(folder: Path, methods: int = 8, images: int = 4, hostile: bool = 
                 },
                 "curves": {"step": steps.tolist(), "seconds": (steps * 0.07).tolist(), "loss": (1.6 * np.exp(-steps / 200) + 0.05 + 0.02 * i).tolist(),
                            "val_step": steps[::20].tolist(), "val_metric": (dice * (1 - np.exp(-(steps[::20] + 60) / 150))).tolist()},
-                "per_image": [{"name": f"SC-HF-I-{k:03d}", "dice": float(np.clip(dice + 0.1 * np.sin(k), 0, 1))} for k in range(per_image)],
+                "per_item": [{"name": f"SC-HF-I-{k:03d}", "dice": float(np.clip(dice + 0.1 * np.sin(k), 0, 1))} for k in range(per_image)],
                 "verdict": ("deployable", "buildable", "watch")[i % 3],
                 "command": f"paperworks train m{i} pack:cardiac_mr --budget 90s --seed 0", "model": f"runs/m{i}/model.safetensors", "run": f"runs/m{i}",
             }
@@ -70,7 +71,7 @@ def comparison(folder: Path, methods: int = 8, images: int = 4, hostile: bool = 
             "metrics": {},
             "cost": {},
             "curves": None,
-            "per_image": None,
+            "per_item": None,
         }
         rows[3] |= {"status": "stopped"}
         rows[4]["metrics"]["boundary_f"] = math.nan
@@ -98,11 +99,13 @@ def comparison(folder: Path, methods: int = 8, images: int = 4, hostile: bool = 
         "kind": "compare", "title": HOSTILE if hostile else "cardiac_mr", "command": "paperworks compare pack:cardiac_mr --papers unet,unetpp --budget 90s",
         "created": "2026-11-21T10:00:00", "budget": "90 s each", "seed": 0,
         "hardware": {"cpu": "AMD EPYC 7B13", "cores": 2, "memory_gib": 24, "gpu": None}, "versions": {"paperworks": "0.1.0", "torch": "2.14.1"},
-        "data": {"source": "pack:cardiac_mr", "layout": "images and masks", "task": "segmentation", "train": 424, "val": 102,
-                 "classes": [{"name": "background", "pixels": 0.94}, {"name": "left ventricle", "pixels": 0.04}, {"name": "<b>wall</b>", "pixels": 0.02}],
-                 "channels": 1, "dtype": "uint8", "size": [136, 136],
+        "data": {"source": "pack:cardiac_mr", "layout": "images and masks", "task": "segmentation", "splits": {"train": 424, "val": 102, "test": 0},
+                 "classes": [{"name": "background", "share": 0.94}, {"name": "left ventricle", "share": 0.04}, {"name": "<b>wall</b>", "share": 0.02}],
+                 "channels": 1, "dtype": "uint8", "sizes": {"median": [136, 136]},
                  "problems": [{"path": HOSTILE if hostile else "images/broken.png", "what": "cannot be read", "fix": "save it again"}]},
         "metric": "dice", "higher_is_better": True, "rows": rows,
+        "metric_names": Segmentation.metric_names, "explained": Segmentation.explained, "views": Segmentation.views,
+        "legend": [{"colour": (0, 130, 255), "en": "false alarm", "zh": "误检", "view": "errors"}, {"colour": (86, 180, 233), "en": "<b>wall</b>", "zh": "壁", "view": ""}],
         "recommended": {"id": "m0", "reason": {"en": "U-Net reaches a dice of 0.926; U-Net++ has 0.931, within two standard errors. It has 7.76 M parameters, 22.5 ms an image.",
                                                "zh": "U-Net 的 dice 为 0.926；U-Net++ 为 0.931，验证图像无法区分两者。参数量 7.76 M，每张图像 22.5 毫秒。"}},
         "pictures": pictures,
@@ -116,7 +119,7 @@ def claim(held: bool | None = True) -> dict:
         "without skip connections": [0.802, 0.815, 0.809],
     }
     return {
-        "kind": "claim", "id": "unet", "title": "U-Net: Convolutional Networks for Biomedical Image Segmentation", "held": held, "metric": "dice",
+        "kind": "claim", "id": "unet", "title": "U-Net: Convolutional Networks for Biomedical Image Segmentation", "held": held, "metric": "dice", "metric_names": Segmentation.metric_names,
         "claim": {"en": "Skip connections make the outlines precise.", "zh": "跳跃连接使轮廓更精确。"},
         "rule": {"en": "Dice with skips is at least 0.02 higher in every seed.", "zh": "每个种子上，带跳跃连接的 Dice 至少高 0.02。"},
         "arms": [{"name": n, "control": "without" in n, "metrics": {"dice": v, "boundary_f": [x - 0.2 for x in v]}} for n, v in arms.items()],
@@ -314,8 +317,8 @@ def test_pictures(tmp_path):
     assert set(shown) == {
         "SC-HF-I-000: input",
         "U-Net, SC-HF-I-000: errors, Dice 0.900",
-        "U-Net, SC-HF-I-000: prediction, Dice 0.900",
-        "U-Net++, SC-HF-I-000: prediction, Dice 0.900",
+        "U-Net, SC-HF-I-000: predictions, Dice 0.900",
+        "U-Net++, SC-HF-I-000: predictions, Dice 0.900",
     }
     large, small = shown["SC-HF-I-000: input"], shown["U-Net, SC-HF-I-000: errors, Dice 0.900"]
     assert (large["width"], large["height"]) == ("640", "411")
@@ -339,7 +342,7 @@ def test_size_and_time(tmp_path):
 
 def test_images_stand_hardest_first(tmp_path):
     result = comparison(tmp_path, methods=1, images=0, per_image=0)
-    result["rows"][0]["per_image"] = [{"name": n, "dice": v} for n, v in (("b", 0.9), ("a", 0.2), ("c", math.nan), ("d", 0.5))]
+    result["rows"][0]["per_item"] = [{"name": n, "dice": v} for n, v in (("b", 0.9), ("a", 0.2), ("c", math.nan), ("d", 0.5))]
     names = [Page(row).words[0] for row in rows_of(render(result, tmp_path), "hardest first")]
     assert names == ["a", "d", "b", "c"]
 

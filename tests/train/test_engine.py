@@ -65,7 +65,7 @@ def test_run_folder(straight: Path) -> None:
     record = json.loads((straight / "run.json").read_text())
     assert record["state"] == "finished" and record["steps"] == STEPS
     assert 0 <= record["metrics"]["dice"] <= 1
-    assert len(record["per_image"]) == 4
+    assert len(record["per_item"]) == 4
     assert (straight / "metrics.csv").read_text().count("\n") == STEPS + 1
     assert (straight / "pictures" / "final.png").exists() and (straight / "log.txt").read_text()
     assert not list(straight.rglob("*.tmp*"))

@@ -157,17 +157,22 @@ def show(paper: PaperId, language: Annotated[str, typer.Option("--lang", help="e
 
 
 @app.command()
-def data(path: Data, as_json: Json = False) -> None:
+def data(
+    path: Data,
+    task: Annotated[str | None, typer.Option("--task", help="Read it as data of this task; default: what it looks like.")] = None,
+    as_json: Json = False,
+) -> None:
     """What is in a folder: task, counts, sizes, classes, and every problem by file name.
 
     Examples: paperworks data ./my_images; paperworks data pack:cardiac_mr --json
     """
+    from paperworks import tasks
     from paperworks.cli.progress import counting
-    from paperworks.data import open_folder
+    from paperworks.data.packs import source_path
 
+    kind = tasks.task(task or tasks.guess(source_path(path)))
     with counting(f"reading {path}") as progress:
-        folder = open_folder(path, progress=progress)
-    found = folder.describe()
+        found = kind.inspect(path, progress=progress)
     if as_json:
         return _print_json(found)
     from paperworks.cli.tables import describe_data
@@ -254,11 +259,13 @@ def evaluate(
     opened = _open(model.spec.task, data)
     opened.check(model.spec)
     items = opened.val if split == "val" else opened.train
+    predict = opened.predictor(model.forward, model.spec, model.grid)
+    refined = (lambda image: refine(image, predict(image))) if refine else predict
     with counting("predicting") as progress:
-        metrics, per_image = opened.evaluate(lambda image: model.predict(image, refine), items, progress=progress)
+        metrics, per_item = opened.evaluate(refined, items, progress=progress)
     baselines = {name: opened.evaluate(predict, items)[0] for name, predict in opened.baselines().items()}
     if as_json:
-        return _print_json({"metrics": metrics, "per_image": per_image, "baselines": baselines})
+        return _print_json({"metrics": metrics, "per_item": per_item, "baselines": baselines})
     from paperworks.cli.tables import comparison_table
 
     comparison_table({Path(run).name: metrics, **baselines}, opened.metric)
@@ -267,44 +274,38 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A run folder or an exported .onnx file.", metavar="RUN")],
-    inputs: Annotated[list[Path], typer.Argument(help="Images or folders of images.", metavar="INPUT...")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the masks.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Files or folders of files.", metavar="INPUT...")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the predictions.")],
     refiner: Annotated[str | None, typer.Option("--with", help="An inference method that refines the predictions, as dense_crf.")] = None,
     settings: Set = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write each class's probability as a float16 TIFF.")] = False,
-    overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the masks on the images.")] = False,
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the predictions.")] = False,
     window: Annotated[
         int, typer.Option("--window", help="Images with a longer side are predicted in overlapping tiles of this size.")
     ] = 1024,
     overlap: Annotated[float, typer.Option("--overlap", help="Share of a tile that its neighbour covers too.")] = 0.25,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip images whose mask is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip files whose prediction is there.")] = False,
 ) -> None:
-    """Predict images of any size; masks keep the images' names and sizes, their values are class indexes.
+    """Predict files of any size. Masks keep the images' names and sizes, and their values are class indexes; other tasks write what is
+    usual there.
 
     Examples: paperworks predict runs/unet ./new_images --out masks;
     paperworks predict unet.onnx scan.tif --out masks --with dense_crf --set sigma_colour=5
     """
     from paperworks.cli.progress import counting
     from paperworks.export.predict import build_refiner, load_model, predict_files
+    from paperworks.tasks.contract import Options
 
     model = load_model(run)
     refine = build_refiner(refiner, _settings(settings)) if refiner else None
     if settings and not refiner:
         raise InputError("--set changes an inference method here; name it with --with")
+    options = Options(refine=refine, probabilities=probabilities, overlays=overlays, window=window, overlap=overlap, resume=resume)
     with counting("predicting") as progress:
-        written = predict_files(
-            model,
-            inputs,
-            out,
-            refine=refine,
-            probabilities=probabilities,
-            overlays=overlays,
-            window=window,
-            overlap=overlap,
-            resume=resume,
-            progress=progress,
-        )
-    print(f"{len(written)} masks in {out}; class indexes: " + ", ".join(f"{i} {name}" for i, name in enumerate(model.spec.classes)))
+        written = predict_files(model, inputs, out, options, progress=progress)
+    print(f"{len(written)} {'file' if len(written) == 1 else 'files'} in {out}")
+    if model.spec.classes:
+        print("class indexes: " + ", ".join(f"{i} {name}" for i, name in enumerate(model.spec.classes)))
 
 
 @app.command()

@@ -39,7 +39,7 @@ def describe_data(found: Mapping[str, Any]) -> None:
             value = ", ".join(map(str, value))
         console.print(f"{key.replace('_', ' '):<12} {value}", markup=False)
     if found.get("classes"):
-        _table(["class", "share of pixels"], [[c["name"], f"{100 * c['pixels']:.2f} %"] for c in found["classes"]])
+        _table(["class", "share"], [[c["name"], f"{100 * c['share']:.2f} %"] for c in found["classes"]])
     for problem in found.get("problems", []):
         console.print(f"problem      {problem['path']}: {problem['what']}; {problem['fix']}", markup=False)
     if not found.get("problems"):
@@ -59,24 +59,25 @@ def comparison_table(models: Mapping[str, Mapping[str, float]], metric: str) -> 
 
 def compare_table(result: Mapping[str, Any], out: Path) -> None:
     """``paperworks compare``: the table, the recommendation, where things are."""
-    metric = result["metric"]
+    metric, names = result["metric"], result["metric_names"]
+    shown = [metric, *[key for key in names if key != metric][:1]]
     rows = []
-    for r in sorted(result["rows"], key=lambda r: (r["kind"] != "paper", -r["metrics"].get(metric, -math.inf))):
+    sign = 1 if result["higher_is_better"] else -1
+    for r in sorted(result["rows"], key=lambda r: (r["kind"] != "paper", -sign * r["metrics"].get(metric, -sign * math.inf))):
         cost = r.get("cost") or {}
         latency = min((f["1"]["p50"] for f in (cost.get("latency_ms") or {}).values() if f.get("1")), default=None)
         rows.append(
             [
                 r["id"],
                 r.get("variant") or "",
-                _number(r["metrics"].get(metric)),
-                _number(r["metrics"].get("boundary_f")),
+                *(_number(r["metrics"].get(key)) for key in shown),
                 _number(cost.get("params")),
                 _number(latency, 1),
                 _number(cost.get("train_seconds"), 0),
                 r["error"] if r["status"] != "ok" else r.get("verdict") or "baseline",
             ]
         )
-    _table(["paper", "variant", metric, "bound. F", "params", "ms", "train s", ""], rows)
+    _table(["paper", "variant", *(names[key][0] if key in names else key for key in shown), "params", "ms", "train s", ""], rows)
     recommended = result.get("recommended")
     if recommended:
         row = next(r for r in result["rows"] if r["id"] == recommended["id"])

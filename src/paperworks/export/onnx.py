@@ -1,7 +1,8 @@
 """Trained networks as ONNX files: one file, any valid size, checked against the original before it gets its name.
 
-A file takes ``image`` (B C H W, float32 in [0, 1]; sides valid for its grid) and gives ``probabilities`` (B K h w). It carries what is
-needed to use it elsewhere as metadata: grid, data specification, paper, variant, licence of the weights and the paperworks version.
+A file takes ``image`` (B C H W, float32 in [0, 1]; sides valid for its grid) and gives what its task's networks give (``probabilities`` B K h w,
+say). It carries what is needed to use it elsewhere as metadata: grid, data specification, paper, variant, licence of the weights and
+the paperworks version.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from paperworks.data.augment import mirrored
 from paperworks.errors import InputError
 from paperworks.files import atomic
 from paperworks.nn.fuse import fused
+from paperworks.tasks import task
 from paperworks.tasks.base import Grid
 from paperworks.tasks.environment import interleaved, summary
-from paperworks.tasks.segmentation import Deployed, predictor
 
 OPSET = 20
 TOLERANCE = 1e-4
@@ -99,10 +100,12 @@ def export_onnx(
     module: nn.Module,
     path: str | Path,
     *,
-    sample_images: Sequence[Tensor],
+    outputs: Sequence[str],
+    samples: Sequence[Tensor],
     grid: Grid,
     spec_json: str,
     names: Mapping[str, str],
+    single: bool = False,
     opset: int = OPSET,
 ) -> ExportReport:
     """Write ``module`` to an ONNX file that takes any batch and every size that is valid for ``grid``.
@@ -111,12 +114,14 @@ def export_onnx(
     batch of two, and is renamed to ``path`` only when all of them agree.
 
     Args:
-        module: images B C H W in [0, 1] -> one tensor. Its copy is put in evaluation mode on the CPU; itself it is left alone.
+        module: images B C H W in [0, 1] -> a tensor or several. Its copy is put in evaluation mode on the CPU; itself it is left alone.
         path: the file, which appears whole or not at all.
-        sample_images: real images C H W in [0, 1].
+        outputs: names of what the module gives, in its order.
+        samples: real images C H W in [0, 1].
         grid: which sizes the module takes.
         spec_json: the data set's ``Spec`` as JSON.
         names: further metadata (paper, variant, licence of the weights ...).
+        single: the file takes one image at a time, because what the module gives has no place for a batch (boxes, say).
         opset: version of the ONNX operators.
 
     Raises:
@@ -125,9 +130,11 @@ def export_onnx(
     """
     _need_onnx()
     module = deepcopy(module).cpu().float().eval().requires_grad_(False)
-    samples = [image.detach().cpu().float() for image in sample_images]
+    if not outputs:
+        raise ExportError("networks of this task are not exported")
+    samples = [image.detach().cpu().float() for image in samples]
     metadata = {"version": __version__, "grid": json.dumps(dataclasses.asdict(grid)), "spec": spec_json, "precision": "float32", **names}
-    program = _trace(fused(module), samples[0], grid, opset)
+    program = _trace(fused(module), samples[0], grid, outputs, single, opset)
     program.model.metadata_props.update({PREFIX + key: value for key, value in metadata.items()})
     with atomic(path) as temporary:
         try:
@@ -135,7 +142,7 @@ def export_onnx(
         except ValueError as error:  # protobuf's limit of 2 GiB
             raise ExportError(f"the network does not fit into a single ONNX file: {_cause(error)}") from error
         exported = load_onnx(temporary)
-        comparisons = tuple(_compare(module, exported, image) for image in _inputs(samples, grid))
+        comparisons = tuple(_compare(module, exported, image) for image in _inputs(samples, grid, single))
         report = ExportReport(Path(path), temporary.stat().st_size, opset, comparisons)
         if not report.relative_error < TOLERANCE:  # NaN is no agreement either
             worst = max(comparisons, key=lambda c: math.inf if math.isnan(c.relative) else c.relative)
@@ -146,12 +153,12 @@ def export_onnx(
     return report
 
 
-def _trace(module: nn.Module, sample: Tensor, grid: Grid, opset: int) -> torch.onnx.ONNXProgram:
+def _trace(module: nn.Module, sample: Tensor, grid: Grid, outputs: Sequence[str], single: bool, opset: int) -> torch.onnx.ONNXProgram:
     # Sides of three and more multiples, all different: a side of one at the bottom, or two equal ones, would be taken for a constant.
-    sides = [grid.fit(max(3 * grid.multiple, 24)) + i * grid.multiple for i in range(sample.ndim - 1)]
-    example = torch.rand(2, sample.shape[0], *sides, generator=torch.Generator().manual_seed(0))
-    axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
-    for axis, name in enumerate("dhw"[-len(sides) :], start=2):
+    sides = [grid.fit(max(3 * grid.multiple, 24)) + (0 if grid.fixed else i * grid.multiple) for i in range(sample.ndim - 1)]
+    example = torch.rand(1 if single else 2, sample.shape[0], *sides, generator=torch.Generator().manual_seed(0))
+    axes: dict[int, Any] = {} if single else {0: torch.export.Dim("batch", min=1)}
+    for axis, name in enumerate("" if grid.fixed else "dhw"[-len(sides) :], start=2):
         axes[axis] = torch.export.Dim(name, min=1)
         if grid.multiple > 1:
             axes[axis] = grid.multiple * axes[axis]
@@ -161,7 +168,7 @@ def _trace(module: nn.Module, sample: Tensor, grid: Grid, opset: int) -> torch.o
         with _quiet():
             captured = torch.export.export(module, (example,), dynamic_shapes=(axes,), strict=False)
             program = torch.onnx.export(
-                captured, dynamo=True, input_names=["image"], output_names=["probabilities"], opset_version=opset, verbose=False
+                captured, dynamo=True, input_names=["image"], output_names=list(outputs), opset_version=opset, verbose=False
             )
     except Exception as error:  # torch.export raises whatever the module's code runs into
         raise ExportError(f"torch cannot export {type(module).__name__} with sizes left open: {_cause(error)}") from error
@@ -169,14 +176,19 @@ def _trace(module: nn.Module, sample: Tensor, grid: Grid, opset: int) -> torch.o
     return program
 
 
-def _inputs(samples: list[Tensor], grid: Grid) -> Iterator[Tensor]:
-    """Batches of valid sizes, made of the samples: whole, cropped to odd sizes, the smallest there is, two at once."""
+def _inputs(samples: list[Tensor], grid: Grid, single: bool) -> Iterator[Tensor]:
+    """Batches of valid sizes, made of the samples: whole, cropped to odd sizes, the smallest there is, two at once.
+
+    Where there is one size only they are that size's corners.
+    """
     for image in samples[:4]:
         yield _valid(image, [min(n, LONGEST) for n in image.shape[1:]], grid)[None]
     image = samples[0]
     odd = [min(n, LONGEST) * (2 + i) // 5 | 1 for i, n in enumerate(image.shape[1:])]
     yield _valid(image, odd, grid)[None]
     yield _valid(image, [1] * (image.ndim - 1), grid)[None]
+    if single:
+        return
     pair = [_valid(i, odd[::-1], grid) for i in (image, samples[-1].flip(-1))]
     yield torch.stack(pair)
 
@@ -189,17 +201,29 @@ def _valid(image: Tensor, sides: Sequence[int], grid: Grid) -> Tensor:
 
 
 @torch.inference_mode()
-def _compare(module: nn.Module, exported: Callable[[Tensor], Tensor], image: Tensor) -> Comparison:
+def _compare(module: nn.Module, exported: OnnxPredictor, image: Tensor) -> Comparison:
     try:
         expected, found = module(image), exported(image)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         raise ExportError(
             f"an input of shape {tuple(image.shape)}, valid for the network's grid, makes it fail: {_cause(error)}"
         ) from error
-    if found.shape != expected.shape:
-        raise ExportError(f"the exported network gives {tuple(found.shape)} where the original gives {tuple(expected.shape)}")
-    difference = found - expected
-    return Comparison(tuple(image.shape), float(difference.abs().max()), float(difference.norm() / expected.norm()))
+    largest = relative = 0.0
+    for theirs, ours in zip(_several(expected), _several(found), strict=True):
+        if ours.shape != theirs.shape:
+            raise ExportError(f"the exported network gives {tuple(ours.shape)} where the original gives {tuple(theirs.shape)}")
+        if theirs.numel() == 0:
+            continue
+        difference = ours.double() - theirs.double()
+        norm = float(theirs.double().norm())
+        largest = max(largest, float(difference.abs().max()))
+        error = float(difference.norm()) / norm if norm else float(difference.norm())
+        relative = error if math.isnan(error) else max(relative, error)
+    return Comparison(tuple(image.shape), largest, relative)
+
+
+def _several(given: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (given,) if isinstance(given, Tensor) else given
 
 
 class OnnxPredictor:
@@ -212,10 +236,11 @@ class OnnxPredictor:
         self.grid = Grid(**json.loads(metadata["grid"]))
         self.spec_json = metadata["spec"]
 
-    def __call__(self, image: Float[Tensor, "B C *S"]) -> Float[Tensor, "B K *s"]:
-        """Probabilities of images in [0, 1] of a valid size."""
-        (probabilities,) = self.session.run(["probabilities"], {"image": np.ascontiguousarray(image.detach().cpu().float().numpy())})
-        return torch.from_numpy(probabilities)
+    def __call__(self, image: Float[Tensor, "B C *S"]) -> Any:
+        """What the network gives for images in [0, 1] of a valid size: a tensor, or a tuple of several."""
+        found = self.session.run(None, {"image": np.ascontiguousarray(image.detach().cpu().float().numpy())})
+        tensors = tuple(torch.from_numpy(array) for array in found)
+        return tensors[0] if len(tensors) == 1 else tensors
 
 
 def load_onnx(path: str | Path, *, threads: int | None = None) -> OnnxPredictor:
@@ -243,8 +268,9 @@ def load_onnx(path: str | Path, *, threads: int | None = None) -> OnnxPredictor:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise InputError(f"{path} cannot be run by onnxruntime ({_cause(error)}); export the model again") from None
-    if [i.name for i in session.get_inputs()] != ["image"] or [o.name for o in session.get_outputs()] != ["probabilities"]:
-        raise InputError(f"{path} does not take 'image' and give 'probabilities'; export the model again with `paperworks export`")
+    outputs = list(task(json.loads(metadata["spec"])["task"]).outputs)
+    if [i.name for i in session.get_inputs()] != ["image"] or [o.name for o in session.get_outputs()] != outputs:
+        raise InputError(f"{path} does not take 'image' and give {', '.join(outputs)}; export the model again with `paperworks export`")
     return OnnxPredictor(session, metadata)
 
 
@@ -267,8 +293,9 @@ def _read(path: Path) -> tuple[bytes, dict[str, str]]:
     metadata = {p.key.removeprefix(PREFIX): p.value for p in model.metadata_props if p.key.startswith(PREFIX)}
     try:
         grid, spec = Grid(**json.loads(metadata["grid"])), json.loads(metadata["spec"])
-        if grid.multiple < 1 or grid.offset < 0 or grid.margin < 0 or not isinstance(spec, dict):
+        if grid.multiple < 1 or grid.offset < 0 or grid.margin < 0 or grid.fixed < 0 or not isinstance(spec, dict):
             raise ValueError
+        task(spec["task"])
     except (KeyError, ValueError, TypeError):
         raise InputError(f"{path} lacks the description that `paperworks export` writes into its files; export the model with it") from None
     return content, metadata
@@ -388,15 +415,25 @@ def export_run(run: Any, path: str | Path, *, data: Any, int8: bool = False) -> 
         InputError: the extra ``onnx`` is not installed, or the run has no trained model.
     """
     card = papers.card(run.request.paper)
-    deployed = Deployed(run.network(), run.spec)
+    kind = task(run.spec.task)
+    deployed = kind.deploy(run.network(), run.spec)
     names = {"paper": card.id, "variant": run.request.variant, "licence": card.licence.get("weights", "")}
 
-    def images(items: Sequence[Any]) -> list[Tensor]:
-        return [data.sample(item)["image"].as_subclass(Tensor) for item in items]
+    def given(items: Sequence[Any]) -> list[Tensor]:
+        return [kind.network_input(data.given(data.sample(item)), deployed.grid) for item in items]
 
     def export(to: str | Path) -> ExportReport:
         spec_json = json.dumps(dataclasses.asdict(run.spec))
-        return export_onnx(deployed, to, sample_images=images(data.val[:4]), grid=deployed.grid, spec_json=spec_json, names=names)
+        return export_onnx(
+            deployed,
+            to,
+            outputs=kind.outputs,
+            samples=given(data.val[:4]),
+            grid=deployed.grid,
+            spec_json=spec_json,
+            names=names,
+            single=kind.single,
+        )
 
     def described(report: ExportReport) -> dict[str, Any]:
         return {
@@ -414,8 +451,8 @@ def export_run(run: Any, path: str | Path, *, data: Any, int8: bool = False) -> 
         quantised = quantize(
             report.path,
             path,
-            calibration_images=images(data.train[:: -(-len(data.train) // CALIBRATION)]),
-            evaluate=lambda p: data.evaluate(predictor(p, run.spec, p.grid))[0],
+            calibration_images=given(data.train[:: -(-len(data.train) // CALIBRATION)]),
+            evaluate=lambda p: data.evaluate(data.predictor(p, run.spec, p.grid))[0],
         )
     return described(report) | {
         "bytes": quantised.bytes,

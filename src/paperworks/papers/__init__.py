@@ -38,6 +38,8 @@ class Card:
     name: str = ""
     """What people call it; default: the title up to its colon."""
     arxiv: str = ""
+    pack: str = ""
+    """The data on which the paper shows that it is usable; default: its task's."""
     ndim: tuple[int, ...] = (2,)
     links: Mapping[str, str] = field(default_factory=dict)
     licence: Mapping[str, str] = field(default_factory=dict)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paperworks import evidence, papers
 
 if TYPE_CHECKING:
-    from torch import nn
+    from paperworks.tasks.base import Spec
 
 FAITHFUL = 1e-4
 """Largest relative error of outputs against an independent implementation."""
@@ -94,22 +95,32 @@ def _verdict(card: papers.Card, level: int, found: dict[str, Any]) -> str:
     if card.verdict_override:
         return card.verdict_override["verdict"]
     usable = found["usable"] or {}
-    value = usable.get("value", -math.inf)
-    if level < 3 or not value > usable.get("baseline", math.inf):
+    if level < 3 or not usable or not _better(usable, usable["value"], usable["baseline"]):
         return "watch"
     exported = (usable.get("export") or {}).get("relative_error", math.inf) < FAITHFUL
     latency = min(
         (form["1"]["p50"] for form in ((found["cost"] or {}).get("latency_ms") or {}).values() if form.get("1")), default=math.inf
     )
-    good = value >= GOOD_SHARE * _best(card.task, evidence.results_root())
+    good = _share_of_best(usable, _recorded(card.task, usable["pack"], evidence.results_root())) >= GOOD_SHARE
     return "deployable" if level == 4 and good and exported and latency < 1000 * QUICK_SECONDS else "buildable"
 
 
+def _better(usable: dict[str, Any], one: float, other: float) -> bool:
+    return one > other if usable.get("higher_is_better", True) else one < other
+
+
+def _share_of_best(usable: dict[str, Any], values: tuple[float, ...]) -> float:
+    """How much of the way from the baseline to the best recorded value a paper went."""
+    best = max(values) if usable.get("higher_is_better", True) else min(values)
+    way = best - usable["baseline"]
+    return (usable["value"] - usable["baseline"]) / way if way else 1.0
+
+
 @functools.cache
-def _best(task: str, results: Path) -> float:
-    """Highest recorded value that a paper of the task reached on the task's pack."""
-    recorded = (evidence.read(card.id, "usable") for card in papers.cards().values() if card.task == task)
-    return max((r["value"] for r in recorded if r is not None), default=math.inf)
+def _recorded(task: str, pack: str, results: Path) -> tuple[float, ...]:
+    """The values that the papers of a task reached on a pack."""
+    found = (evidence.read(card.id, "usable") for card in papers.cards().values() if card.task == task)
+    return tuple(r["value"] for r in found if r is not None and r["pack"] == pack)
 
 
 # Level 1
@@ -129,69 +140,46 @@ def check_builds(name: str) -> tuple[dict[str, int], list[str]]:
     for variant, config in paper.variants.items():
         stated = card.variants.get(variant, {})
         with torch.device("meta"):
-            network = paper.build(plain_spec(card.task, stated.get("channels", 1), stated.get("classes", 2), stated.get("ndim", 2)), config)
+            network = paper.build(stated_spec(card.task, stated), config)
         counts[variant] = sum(p.numel() for p in network.parameters())
         if counts[variant] != stated.get("params"):
             problems.append(f"{variant} has {counts[variant]:,} parameters, the card says {stated.get('params')}")
-    config = paper.variants["test"]
-    problems += _check_step(name, config)
+    problems += _check_step(name, paper.variants["test"])
     return counts, problems
 
 
-def plain_spec(task: str, channels: int, classes: int, ndim: int = 2, size: int = 64) -> Any:
-    """A spec of a data set that does not exist, to build networks for."""
-    from paperworks.tasks.base import Spec
+def stated_spec(name: str, stated: Mapping[str, Any]) -> Spec:
+    """What a card counts the parameters of a variant for."""
+    from paperworks.tasks import task
 
-    return Spec(
-        task=task,
-        channels=channels,
-        classes=tuple(f"class {i}" for i in range(classes)),
-        size=(size,) * ndim,
-        mean=(0.5,) * channels,
-        std=(0.25,) * channels,
-    )
-
-
-def plain_batch(network: nn.Module, channels: int, classes: int, ndim: int = 2, size: int = 48, batch: int = 2) -> dict[str, Any]:
-    """A batch of noise with labels, of a size that the network takes."""
-    import torch
-
-    from paperworks.tasks.base import grid_of
-
-    generator = torch.Generator().manual_seed(0)
-    side = grid_of(network).fit(size)
-    shape = (batch, *(side,) * ndim)
-    mask = torch.randint(0, classes, shape, generator=generator)
-    return {
-        "image": torch.randn(batch, channels, *shape[1:], generator=generator),
-        "mask": mask,
-        "instances": mask.int(),
-        "weight": torch.ones(shape),
-        "name": [f"noise {i}" for i in range(batch)],
-    }
+    size = tuple(stated["size"]) if "size" in stated else None
+    return task(name).plain_spec(stated.get("channels", 1), stated.get("classes", 2), stated.get("ndim", 2), size)
 
 
 def _check_step(name: str, config: Any) -> list[str]:
     import torch
 
     from paperworks.tasks import task
+    from paperworks.tasks.base import grid_of
 
     card, paper = papers.card(name), papers.paper(name)
-    ndim = getattr(config, "ndim", 2)
+    kind = task(card.task)
+    spec = kind.plain_spec(1, 3, getattr(config, "ndim", card.ndim[0]))
     torch.manual_seed(0)
-    network = paper.build(plain_spec(card.task, 1, 3, ndim), config).train()
-    batch = plain_batch(network, 1, 3, ndim)
-    terms = (paper.loss(config) if paper.loss else task(card.task).loss)(network(batch["image"]), batch)
+    network = paper.build(spec, config).train()
+    batch = kind.plain_batch(network, spec)
+    terms = (paper.loss(config) if paper.loss else kind.loss)(kind.forward(network, batch), batch)
     problems = [] if torch.isfinite(terms["loss"]) else [f"test: the loss is {float(terms['loss'])}"]
     terms["loss"].backward()
-    idle = [n for n, p in network.named_parameters() if p.grad is None]
+    idle = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
         problems.append(f"test: no gradient reaches {', '.join(idle[:5])}")
     network.eval()
-    again = paper.build(plain_spec(card.task, 1, 3, ndim), config).eval()
+    again = paper.build(spec, config).eval()
     again.load_state_dict(network.state_dict())
+    given = kind.example(spec, grid_of(network))
     with torch.inference_mode():
-        if not torch.equal(network(batch["image"])["logits"], again(batch["image"])["logits"]):
+        if not torch.equal(network(given)[kind.output], again(given)[kind.output]):
             problems.append("test: saved and loaded weights give other outputs")
     return problems
 
@@ -214,38 +202,33 @@ def record_usable(name: str, out: Path, *, budget: float, listener: Any = None) 
     from paperworks.export.predict import load_model, predict_files
     from paperworks.files import atomic
     from paperworks.study.measure import measure
-    from paperworks.tasks import DEFAULT_PACKS, task
+    from paperworks.tasks import task
     from paperworks.tasks.environment import hardware
-    from paperworks.tasks.segmentation import Deployed
     from paperworks.train.api import fit
 
     card = papers.card(name)
-    source = DEFAULT_PACKS[card.task]
-    data = task(card.task)(source)
+    kind = task(card.task)
+    source = card.pack or kind.pack
+    data = kind(source)
     problems: list[str] = []
     run = fit(name, source, out / "run", budget=budget, opened=data, resume=(out / "run" / "run.json").exists(), listener=listener)
     value = run.record["metrics"][data.metric]
-    baseline = max(data.evaluate(predict)[0][data.metric] for predict in data.baselines().values())
-    if not value > baseline:
+    sign = 1 if data.higher_is_better else -1
+    baseline = sign * max(sign * data.evaluate(predict)[0][data.metric] for predict in data.baselines().values())
+    if not sign * value > sign * baseline:
         problems.append(f"{data.metric} {value:.3f} does not beat the baseline's {baseline:.3f}")
-    files = [item.images[0] for item in data.val[:8]]
-    written = predict_files(load_model(run.folder), files, out / "predictions")
-    if len(written) != len(files):
-        problems.append(f"predicted {len(written)} of {len(files)} files")
+    files = data.files(data.val[:8])
+    if not predict_files(load_model(run.folder), files, out / "predictions"):
+        problems.append(f"nothing was predicted for {len(files)} files")
     export: dict[str, Any] | None = None
-    try:
-        export = export_run(run, out / "model.onnx", data=data)
-        predict_files(load_model(out / "model.onnx"), files, out / "predictions_onnx")
-    except Exception as error:
-        problems.append(f"export: {str(error).splitlines()[0]}")
-    deployed = Deployed(run.network(), data.spec).eval()
-    cost = measure(
-        deployed,
-        channels=data.spec.channels,
-        size=tuple(data.spec.size),
-        grid=deployed.grid,
-        onnx_path=out / "model.onnx" if export else None,
-    )
+    if kind.outputs:
+        try:
+            export = export_run(run, out / "model.onnx", data=data)
+            predict_files(load_model(out / "model.onnx"), files, out / "predictions_onnx")
+        except Exception as error:
+            problems.append(f"export: {str(error).splitlines()[0]}")
+    deployed = kind.deploy(run.network(), data.spec).eval()
+    cost = measure(deployed, task=kind, spec=data.spec, onnx_path=out / "model.onnx" if export else None)
     code = current_code(card, "usable")
     with atomic(results_root() / name / "usable.png") as temporary:
         temporary.write_bytes((run.folder / "pictures" / "final.png").read_bytes())
@@ -255,6 +238,7 @@ def record_usable(name: str, out: Path, *, budget: float, listener: Any = None) 
         "budget_seconds": budget,
         "steps": run.record["steps"],
         "metric": data.metric,
+        "higher_is_better": data.higher_is_better,
         "value": value,
         "baseline": baseline,
         "export": export,

@@ -21,8 +21,8 @@ from paperworks.files import occupied, write_json
 from paperworks.study.report import write_report
 from paperworks.tasks import task
 from paperworks.tasks.base import Output, Sample
+from paperworks.tasks.contract import Task
 from paperworks.tasks.environment import hardware, versions
-from paperworks.tasks.segmentation import Deployed, predictor
 from paperworks.tasks.tiling import padded
 from paperworks.train.engine import Listener, fit
 from paperworks.train.run import Request
@@ -33,20 +33,18 @@ class TrainedRun:
     """A trained network in an arm's hands (the protocol ``tasks.claim.Trained``)."""
 
     network: nn.Module
-    data: Any
+    data: Task
 
-    def predict(self, image: Tensor, network: nn.Module | None = None) -> Tensor:
-        """Probabilities K H W of an image of any size."""
-        network = network or self.network
-        deployed = Deployed(network, self.data.spec).eval()
-        return predictor(deployed, self.data.spec, deployed.grid)(image)
+    def predict(self, given: Any, network: nn.Module | None = None) -> Any:
+        """The task's prediction."""
+        deployed = self.data.deploy(network or self.network, self.data.spec).eval()
+        return self.data.predictor(deployed, self.data.spec, deployed.grid)(given)
 
     def output(self, image: Tensor) -> Output:
         """Everything that the network returns for one padded image."""
-        deployed = Deployed(self.network, self.data.spec).eval()
-        image = padded(image, deployed.grid)
+        deployed = self.data.deploy(self.network, self.data.spec).eval()
         with torch.inference_mode():
-            return self.network(((image - deployed.mean[0]) / deployed.std[0])[None])
+            return self.network(deployed.normalised(padded(image, deployed.grid)[None]))
 
 
 @dataclass
@@ -54,7 +52,7 @@ class Bench:
     """What an arm may do (the protocol ``tasks.claim.Lab``)."""
 
     paper: str
-    data: Any
+    data: Task
     source: str
     out: Path
     seed: int
@@ -94,7 +92,7 @@ class Bench:
         self.runs.append(folder.name)
         return TrainedRun(run.network(), self.data)
 
-    def evaluate(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def evaluate(self, predict: Callable[[Any], Any]) -> dict[str, float]:
         """The task's metrics over the validation split."""
         return self.data.evaluate(predict)[0]
 
@@ -167,6 +165,7 @@ def try_claim(
         "rule": {"en": claim.rule[0], "zh": claim.rule[1]},
         "held": bool(claim.holds(results)),
         "metric": claim.metric,
+        "metric_names": {key: list(names) for key, names in data.metric_names.items()},
         "data": claim.data,
         "arms": [{"name": arm, "control": arm == claim.control, "metrics": results[arm]} for arm in claim.arms],
         "seeds": list(claim.seeds),

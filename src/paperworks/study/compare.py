@@ -20,8 +20,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
-import torch
-from torch import Tensor
 
 from paperworks import __version__, papers
 from paperworks.errors import InputError
@@ -31,9 +29,9 @@ from paperworks.study.audit import verdict
 from paperworks.study.measure import measure
 from paperworks.study.report import write_report
 from paperworks.tasks import task
-from paperworks.tasks.drawing import display, error_map
+from paperworks.tasks.base import grid_of
+from paperworks.tasks.contract import Task
 from paperworks.tasks.environment import hardware, versions
-from paperworks.tasks.segmentation import Deployed, predictor
 from paperworks.train.api import fit
 from paperworks.train.budget import Budget, parse_duration
 from paperworks.train.engine import Interrupted, Listener, Silent
@@ -43,7 +41,6 @@ log = logging.getLogger("paperworks")
 
 PICTURES = 6
 """Validation images that the report shows side by side, from the hardest to the easiest."""
-BASELINE_NAMES = {"otsu": "Otsu's threshold", "majority": "Majority class"}
 
 
 @runtime_checkable
@@ -82,7 +79,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     precision: str = "auto",
     costs: bool = True,
-    opened: Any = None,
+    opened: Task | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
     """Train every paper on the data under the same budget and write ``out/report.html`` and ``out/compare.json``.
@@ -115,7 +112,7 @@ def compare(
     opened = opened if opened is not None else task(cards[0].task)(data)
     request = {
         "data": str(data),
-        "sha256": opened.folder.fingerprint.sha256,
+        "sha256": opened.sha256,
         "budget": str(asked),
         "variant": variant,
         "precision": precision,
@@ -130,9 +127,13 @@ def compare(
         "seed": seeds[0],
         "hardware": hardware(),
         "versions": {"paperworks": __version__, **versions()},
-        "data": opened.folder.describe(),
+        "data": opened.describe(),
         "metric": opened.metric,
         "higher_is_better": opened.higher_is_better,
+        "metric_names": {key: list(names) for key, names in opened.metric_names.items()},
+        "explained": {key: list(words) for key, words in opened.explained.items()},
+        "views": {key: list(names) for key, names in opened.views.items()},
+        "legend": opened.legend(),
         "rows": [],
         "request": request,
     }
@@ -158,15 +159,16 @@ def compare(
         )
         write_json(out / "compare.json", result)
     for name, predict in opened.baselines().items():
-        metrics, per_image = opened.evaluate(predict)
+        metrics, per_item = opened.evaluate(predict)
         result["rows"].append(
             {
                 "id": name,
-                "name": BASELINE_NAMES[name],
+                "name": opened.baseline_names[name][0],
+                "name_zh": opened.baseline_names[name][1],
                 "kind": "baseline",
                 "status": "ok",
                 "metrics": metrics,
-                "per_image": per_image,
+                "per_item": per_item,
                 "cost": {},
             }
         )
@@ -213,7 +215,7 @@ def _one_line(error: BaseException) -> str:
 
 def _paper_row(
     card: papers.Card,
-    data: Any,
+    data: Task,
     source: str | Path,
     out: Path,
     seeds: Sequence[int],
@@ -264,7 +266,7 @@ def _paper_row(
         "seeds": list(seeds),
         "cost": cost,
         "curves": _curves(run.folder / "metrics.csv", data.metric),
-        "per_image": [{k: _number(v) if k != "name" else v for k, v in image.items()} for image in record["per_image"]],
+        "per_item": [{k: _number(v) if k != "name" else v for k, v in item.items()} for item in record["per_item"]],
         "command": f"paperworks train {card.id} {_quote(str(source))} --variant {record['request']['variant']} {_budget_option(budget)} --seed {seeds[0]} --out RUN",
         "model": str((run.folder / "model.safetensors").relative_to(out)),
         "run": str(run.folder.relative_to(out)),
@@ -276,13 +278,13 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _costs(run: Run, data: Any) -> dict[str, Any]:
+def _costs(run: Run, data: Task) -> dict[str, Any]:
     """Latency, operations and memory of a run, measured once and kept beside it; the ONNX export is part of it, its failure is not the end."""
     path = run.folder / "cost.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     network = run.network()
-    deployed = Deployed(network, data.spec).eval()
+    deployed = data.deploy(network, data.spec).eval()
     exported: Path | None = run.folder / "model.onnx"
     extra: dict[str, Any] = {}
     try:
@@ -290,7 +292,7 @@ def _costs(run: Run, data: Any) -> dict[str, Any]:
     except Exception as error:
         exported = None
         extra["export_failed"] = _one_line(error)
-    cost = measure(deployed, channels=data.spec.channels, size=tuple(data.spec.size), grid=deployed.grid, onnx_path=exported)
+    cost = measure(deployed, task=type(data), spec=data.spec, onnx_path=exported)
     kept = {k: cost[k] for k in ("flops", "latency_ms", "peak_memory_mib") if k in cost} | extra
     write_json(path, kept)
     return kept
@@ -350,8 +352,8 @@ def recommend(result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _as_good(row: dict[str, Any], best: dict[str, Any], metric: str, sign: int) -> bool:
-    ours = {r["name"]: r[metric] for r in row["per_image"]}
-    theirs = {r["name"]: r[metric] for r in best["per_image"]}
+    ours = {r["name"]: r[metric] for r in row["per_item"] if metric in r}
+    theirs = {r["name"]: r[metric] for r in best["per_item"] if metric in r}
     differences = [sign * (theirs[n] - ours[n]) for n in ours.keys() & theirs.keys() if math.isfinite(ours[n]) and math.isfinite(theirs[n])]
     return len(differences) > 1 and fmean(differences) < 2 * stdev(differences) / math.sqrt(len(differences))
 
@@ -371,39 +373,33 @@ def _cost_words(row: dict[str, Any]) -> tuple[str, str]:
     return f"It has {millions:.2f} M parameters and takes {ms:.1f} ms an image.", f"参数量 {millions:.2f} M，每张图像 {ms:.1f} 毫秒。"
 
 
-def _pictures(result: dict[str, Any], data: Any, out: Path) -> list[dict[str, Any]]:
-    """The same validation images for every paper, from the hardest to the easiest by the papers' mean metric."""
+def _pictures(result: dict[str, Any], data: Task, out: Path) -> list[dict[str, Any]]:
+    """The same validation items for every paper, from the hardest to the easiest by the papers' mean metric."""
     metric = result["metric"]
     rows = [r for r in result["rows"] if r["kind"] == "paper" and r["status"] == "ok"]
     if not rows:
         return []
+    values = {r["id"]: {e["name"]: e.get(metric, math.nan) for e in r["per_item"]} for r in rows}
     mean: dict[str, float] = {}
     for item in data.val:
-        values = [e[metric] for r in rows for e in r["per_image"] if e["name"] == item.name and math.isfinite(e[metric])]
-        if values:
-            mean[item.name] = fmean(values)
+        known = [v for r in rows if math.isfinite(v := values[r["id"]].get(item.name, math.nan))]
+        mean[item.name] = fmean(known) if known else math.inf if data.higher_is_better else -math.inf
     order = sorted(mean, key=lambda n: mean[n], reverse=not data.higher_is_better)
     chosen = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(PICTURES, len(order)))]
     items = {i.name: i for i in data.val}
-    networks = {r["id"]: Deployed(Run.load(out / r["run"]).network(), data.spec).eval() for r in rows}
+    predictors = {}
+    for row in rows:
+        network = Run.load(out / row["run"]).network()
+        predictors[row["id"]] = data.predictor(data.deploy(network, data.spec).eval(), data.spec, grid_of(network))
     sheets = []
     for n, name in enumerate(chosen):
         sample = data.sample(items[name])
-        image, mask = sample["image"].as_subclass(Tensor), sample["mask"].as_subclass(Tensor)
-        sheet: dict[str, Any] = {
-            "name": name,
-            "input": _png(out, f"{n}_input", display(image)),
-            "truth": _png(out, f"{n}_truth", data.overlay(image, mask)),
-            "rows": {},
-        }
+        sheet: dict[str, Any] = {"name": name, "rows": {}}
+        sheet |= {key: _png(out, f"{n}_{key}", picture) for key, picture in data.shown(sample).items()}
         for row in rows:
-            with torch.inference_mode():
-                predicted = predictor(networks[row["id"]], data.spec, networks[row["id"]].grid)(image).argmax(0)
-            sheet["rows"][row["id"]] = {
-                "overlay": _png(out, f"{n}_{row['id']}_overlay", data.overlay(image, predicted)),
-                "errors": _png(out, f"{n}_{row['id']}_errors", error_map(image, mask, predicted)),
-                metric: next(e[metric] for e in row["per_image"] if e["name"] == name),
-            }
+            drawn = data.drawn(sample, predictors[row["id"]](data.given(sample)))
+            sheet["rows"][row["id"]] = {view: _png(out, f"{n}_{row['id']}_{view}", picture) for view, picture in drawn.items()}
+            sheet["rows"][row["id"]][metric] = values[row["id"]].get(name)
         sheets.append(sheet)
     return sheets
 

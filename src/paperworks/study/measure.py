@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperworks import papers
+from paperworks import papers, tasks
 from paperworks.errors import InputError
 from paperworks.export.onnx import ExportError, export_onnx, load_onnx
 from paperworks.nn.fuse import channels_last, fast
-from paperworks.tasks.base import Grid, Spec
+from paperworks.tasks.base import Spec, grid_of
+from paperworks.tasks.contract import Task
 from paperworks.tasks.environment import hardware, interleaved, peak_memory, summary, versions
-from paperworks.tasks.segmentation import Deployed
 from paperworks.train.run import Run, configure
 
 SIDE = {2: 256, 3: 64}
@@ -33,9 +33,9 @@ SIDE = {2: 256, 3: 64}
 def measure(
     module: nn.Module,
     *,
-    channels: int,
-    size: tuple[int, ...],
-    grid: Grid,
+    task: type[Task],
+    spec: Spec,
+    size: tuple[int, ...] | None = None,
     batches: Sequence[int] = (1, 8),
     seconds: float = 2.0,
     onnx_path: str | Path | None = None,
@@ -44,10 +44,10 @@ def measure(
     """Measure a network at one image size, on the device where its parameters are.
 
     Args:
-        module: images B C H W in [0, 1] of a valid size -> one tensor.
-        channels: of the image.
-        size: sides of the image; it is padded to a valid input, as prediction does it, and not tiled.
-        grid: which sizes the module takes.
+        module: what the task deploys, with its ``grid``.
+        task: says what an input is.
+        spec: what the network was built for.
+        size: sides of the input, default those of the spec; it is made a valid one, as prediction does it, and not tiled.
         batches: batch sizes to time. A batch that would take more than four times ``seconds`` a call is left out (None).
         seconds: spent on each form at each batch size, about; three calls at least.
         onnx_path: the exported network, to be timed too.
@@ -62,8 +62,9 @@ def measure(
     """
     tell = progress or (lambda _: None)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    shape = (channels, *(grid.fit(n) for n in size))
-    image = torch.rand(1, *shape, device=device)
+    grid, size = grid_of(module), tuple(size or spec.size)
+    image = task.example(spec, grid, size=size).to(device)
+    shape = image.shape[1:]
 
     tell("operations")
     forms: dict[str, Callable[[Tensor], Any]] = {"eager": module.eval(), "channels_last": channels_last(module), "fused": fast(module)}
@@ -86,7 +87,7 @@ def measure(
         "params": sum(p.numel() for p in module.parameters()),
         "flops": counter.get_total_flops(),
         "latency_ms": latency,
-        "peak_memory_mib": peak_memory(module, image, smallest=torch.rand(1, channels, *(grid.fit(1) for _ in size), device=device)),
+        "peak_memory_mib": peak_memory(module, image, smallest=task.example(spec, grid, size=(1,) * len(size)).to(device)),
         "size": list(size),
         "input": list(shape[1:]),
         "device": str(device),
@@ -137,34 +138,33 @@ def measure_subject(
     else:
         name = subject
         card = papers.card(name)
-        if card.kind != "architecture":
+        if not card.variants:
             raise InputError(f"{name} is no network but a {card.kind}; measure a network, or a run that was trained with it")
         variant = variant or papers.paper(name).auto[0]
         paper, config, _ = configure(name, variant, {})
         ndim = getattr(config, "ndim", 2)
         sides = (size or SIDE[ndim],) * ndim
-        labels = tuple(f"class {i}" for i in range(classes))
-        spec = Spec(task=card.task, channels=channels, classes=labels, size=sides, mean=(0.5,) * channels, std=(0.25,) * channels)
+        spec = tasks.task(card.task).plain_spec(channels, classes, ndim, sides)
         network = paper.build(spec, config)
-    deployed = Deployed(network, spec).eval()
+    kind = tasks.task(spec.task)
+    deployed = kind.deploy(network, spec).eval()
     found: dict[str, Any] = {"paper": name, "variant": variant}
     with tempfile.TemporaryDirectory() as folder:
         exported: Path | None = Path(folder) / "model.onnx"
         if progress:
             progress("export")
         try:
-            sample = torch.rand(spec.channels, *(min(n, SIDE[spec.ndim]) for n in sides))
+            sample = kind.example(spec, deployed.grid, size=[min(n, SIDE[spec.ndim]) for n in sides])[0]
             described = json.dumps(dataclasses.asdict(spec))
             export_onnx(
                 deployed,
                 exported,
-                sample_images=[sample],
+                outputs=kind.outputs,
+                samples=[sample],
                 grid=deployed.grid,
                 spec_json=described,
                 names={"paper": name, "variant": variant},
             )
         except (ExportError, InputError) as error:
             exported, found["onnx"] = None, str(error)
-        return found | measure(
-            deployed, channels=spec.channels, size=sides, grid=deployed.grid, seconds=seconds, onnx_path=exported, progress=progress
-        )
+        return found | measure(deployed, task=kind, spec=spec, size=sides, seconds=seconds, onnx_path=exported, progress=progress)

@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 from string import Template
 
-from paperworks import papers
+from paperworks import papers, tasks
 from paperworks.errors import InputError
 from paperworks.files import atomic
-from paperworks.tasks import DEFAULT_PACKS
 
 TEMPLATES = Path(__file__).parent / "templates" / "paper"
 
@@ -29,8 +28,7 @@ def make_paper(id: str, task: str, section: str) -> list[Path]:
     for what, name in (("id", id), ("section", section)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
             raise InputError(f"{name!r} cannot be the {what} of a paper: take lower case letters, digits and underscores, a letter first")
-    if task not in DEFAULT_PACKS:
-        raise InputError(f"no task is called {task!r}; there are: {', '.join(DEFAULT_PACKS)}")
+    kind = tasks.task(task)
     root = papers.ROOT.parents[2]
     if not (root / "pyproject.toml").is_file() or not (root / "tests" / "papers").is_dir():
         raise InputError(f"{papers.ROOT} is not in a checkout of the repository; clone it, `make install`, and run `paperworks new` there")
@@ -42,7 +40,7 @@ def make_paper(id: str, task: str, section: str) -> list[Path]:
 
     files = {folder / template.name.replace("ID", id): template for template in sorted(TEMPLATES.iterdir())}
     files = {test if path.name == f"test_{id}.py.txt" else path.with_suffix(""): template for path, template in files.items()}
-    facts = {"id": id, "task": task, "section": section, "folder": folder.relative_to(root).as_posix(), "pack": DEFAULT_PACKS[task]}
+    facts = {"id": id, "task": task, "section": section, "folder": folder.relative_to(root).as_posix(), "pack": kind.pack, "metric": kind.metric}
     texts = {path: Template(template.read_text(encoding="utf-8")).substitute(facts) for path, template in files.items()}
     if not (beginning := folder.parent / "__init__.py").exists():
         texts = {beginning: f'"""{section.replace("_", " ").capitalize()} papers."""\n', **texts}

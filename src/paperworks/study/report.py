@@ -26,21 +26,7 @@ from PIL import Image
 from paperworks.files import atomic
 from paperworks.study.charts import Arm, Curve, Point, arms_chart, curve_chart, dashes, front, front_chart
 from paperworks.study.words import attribute, both, decimal, duration, number, si, three
-from paperworks.tasks import drawing
 
-METRICS: dict[str, tuple[str, str, int]] = {
-    "dice": ("Dice", "Dice 系数", 1),
-    "iou": ("IoU", "交并比", 1),
-    "boundary_f": ("Boundary F", "边界 F 值", 1),
-    "accuracy": ("Pixel accuracy", "像素准确率", 1),
-}
-"""Names (English, Chinese) of well-known metrics, and 1 where larger is better; another metric goes by its key."""
-ERRORS = (
-    (drawing.MISSED, ("missed (hatched)", "漏检（斜线）")),
-    (drawing.FALSE, ("false alarm", "误检")),
-    (drawing.CONFUSED, ("one class for another", "类别混淆")),
-)
-"""What the colours of ``drawing.error_map`` mean."""
 IMAGES = 200
 """Rows of the table of images."""
 SIDE = 640
@@ -106,8 +92,19 @@ def _said(text: Any) -> Markup:
     return both(text or "")
 
 
-def _metric(key: str) -> tuple[str, str]:
-    return METRICS[key][:2] if key in METRICS else (key, key)
+@dataclass(frozen=True)
+class Names:
+    """What the task calls its metrics; another metric goes by its key."""
+
+    known: Mapping[str, Sequence[Any]]
+
+    def __call__(self, key: str) -> tuple[str, str]:
+        """English and Chinese."""
+        return (self.known[key][0], self.known[key][1]) if key in self.known else (key, key)
+
+    def better(self, key: str) -> int:
+        """1 where larger is better, -1 where smaller is, 0 where nobody said."""
+        return int(self.known[key][2]) if key in self.known else 0
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------------------
@@ -225,40 +222,42 @@ def _compare(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         method.recommended = chosen is not None and method.id == chosen
     done = [m for m in methods if not m.failed]
     modes = list(dict.fromkeys(mode for m in done for mode in m.cost.get("latency_ms") or {}))
-    name = _metric(metric)
+    names = Names(result.get("metric_names") or {})
+    name = names(metric)
     use = next((m for m in done if m.recommended), None)
     seeds = max((len(m.raw.get("seeds") or [0]) for m in done), default=1)
-    pictures = _pictures(result.get("pictures") or [], methods, metric, folder)
+    views = {key: tuple(words) for key, words in (result.get("views") or {}).items()}
+    pictures = _pictures(result.get("pictures") or [], methods, metric, list(views), folder)
+    legend = [(_rgb(e["colour"]), e["en"], e["zh"], e.get("hatched", False), e.get("view", "")) for e in result.get("legend") or []]
     return {
         "metric": name,
         "methods": methods,
         "use": use,
         "commands": _commands(use),
         "seeds": seeds,
-        "main": _main_table(methods, metric, better),
+        "main": _main_table(methods, metric, better, names),
         "fronts": _fronts(done, name, better),
         "curves": _curves(done, name),
         "pictures": pictures,
-        "views": [v for v in ("errors", "overlay") if any(view.get(v) for p in pictures for view in p["views"])],
-        "errors": [(_rgb(colour), *words) for colour, words in ERRORS],
-        "colours": [(_rgb(drawing.colour(i)), name) for i, name in enumerate(_shares(result)) if i],
-        "classes": _class_tables(done, metric, better, result),
-        "images": _image_table(done, metric, better),
+        "views": {v: words for v, words in views.items() if any(view["pictures"].get(v) for p in pictures for view in p["views"])},
+        "legend": legend,
+        "classes": _class_tables(done, metric, better, result, names),
+        "images": _image_table(done, metric, better, names),
         "costs": _cost_table(done, modes),
         "shares": [(name, _percent(share)) for name, share in _shares(result).items()],
-        "used_metrics": [k for k in METRICS if k == metric or any(k in m.metrics for m in done)],
+        "used_metrics": [k for k in names.known if k == metric or any(k in m.metrics for m in done)],
     }
 
 
-def _main_table(methods: list[Method], metric: str, better: int) -> Table:
+def _main_table(methods: list[Method], metric: str, better: int, names: Names) -> Table:
     ok = [m if not m.failed else Method({}, metric) for m in methods]
     keys = [metric, *dict.fromkeys(k for m in ok for k in m.metrics if "/" not in k and k != metric)]
     columns = []
     for key in keys:
         spread = [number((m.raw.get("spread") or {}).get(key)) for m in ok]
         notes = ["" if s is None else f"± {decimal(s)}" for s in spread]
-        direction = better if key == metric else METRICS[key][2] if key in METRICS else 0
-        columns.append(Column(both(*_metric(key)), _decimals([m.metrics.get(key) for m in ok], notes=notes), direction))
+        direction = better if key == metric else names.better(key)
+        columns.append(Column(both(*names(key)), _decimals([m.metrics.get(key) for m in ok], notes=notes), direction))
     columns += [
         Column(both("Parameters", "参数量"), _sizes(m.cost.get("params") for m in ok), -1),
         Column(both("FLOPs", "计算量 FLOPs"), _sizes(m.cost.get("flops") for m in ok), -1),
@@ -295,14 +294,14 @@ def _commands(use: Method | None) -> list[tuple[Markup, str]]:
 
 def _shares(result: Mapping[str, Any]) -> dict[str, float | None]:
     classes = (result.get("data") or {}).get("classes") or []
-    return {str(c["name"]): number(c.get("pixels")) for c in classes if c.get("name")}
+    return {str(c["name"]): number(c.get("share")) for c in classes if c.get("name")}
 
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{three(100 * share)} %"
 
 
-def _class_tables(done: list[Method], metric: str, better: int, result: Mapping[str, Any]) -> list[Table]:
+def _class_tables(done: list[Method], metric: str, better: int, result: Mapping[str, Any], names: Names) -> list[Table]:
     """One table for each metric that is known per class, the comparison's own first."""
     shares = _shares(result)
     found = dict.fromkeys(tuple(k.split("/", 1)) for m in done for k in m.metrics if "/" in k)
@@ -313,22 +312,22 @@ def _class_tables(done: list[Method], metric: str, better: int, result: Mapping[
         classes = sorted((c for h, c in found if h == head), key=lambda c: order.index(c) if c in shares else len(order))
         columns = []
         for name in classes:
-            direction = better if head == metric else METRICS[head][2] if head in METRICS else 0
+            direction = better if head == metric else names.better(head)
             share = shares.get(name)
-            note = "" if share is None else f"{_percent(share)} px"
+            note = "" if share is None else _percent(share)
             columns.append(Column(both(name), _decimals([m.metrics.get(f"{head}/{name}") for m in done]), direction, note))
-        label = _metric(head)
+        label = names(head)
         caption = both(f"{label[0]} of each class", f"各类别的{label[1]}")
         tables.append(Table(caption, both("Method", "方法"), done, columns))
     return [table for table in tables if table]
 
 
-def _image_table(done: list[Method], metric: str, better: int) -> dict[str, Any] | None:
+def _image_table(done: list[Method], metric: str, better: int, metric_names: Names) -> dict[str, Any] | None:
     """The images that the papers find hardest first, since those are the ones that a person looks for."""
     values: dict[str, dict[str, float | None]] = {}
-    shown = [m for m in done if m.raw.get("per_image")]
+    shown = [m for m in done if m.raw.get("per_item")]
     for m in shown:
-        for entry in m.raw["per_image"]:
+        for entry in m.raw["per_item"]:
             values.setdefault(str(entry.get("name")), {})[m.id] = number(entry.get(metric))
     judges = [m.id for m in shown if not m.baseline] or [m.id for m in shown]
 
@@ -340,7 +339,7 @@ def _image_table(done: list[Method], metric: str, better: int) -> dict[str, Any]
     if not names:
         return None
     columns = [Column(both(m.name), _decimals(values[n].get(m.id) for n in names[:IMAGES])) for m in shown]
-    label = _metric(metric)
+    label = metric_names(metric)
     caption = both(f"{label[0]} of each image, hardest first", f"每张图像的{label[1]}，由难到易")
     return {"table": Table(caption, both("Image", "图像"), names[:IMAGES], columns), "total": len(names)}
 
@@ -378,21 +377,23 @@ def _error(x: float | None) -> str:
 # --- Pictures ---------------------------------------------------------------------------------------------------------------------
 
 
-def _pictures(pictures: Sequence[Mapping[str, Any]], methods: list[Method], metric: str, folder: Path) -> list[dict[str, Any]]:
+def _pictures(
+    pictures: Sequence[Mapping[str, Any]], methods: list[Method], metric: str, shown: list[str], folder: Path
+) -> list[dict[str, Any]]:
     out = []
     for picture in pictures:
         views = []
         for m in methods:
             entry = (picture.get("rows") or {}).get(m.id)
             if entry:
-                view = {k: _embed(entry.get(k), folder) for k in ("errors", "overlay")}
-                views.append({"method": m, "value": decimal(entry.get(metric)), **view})
+                view = {k: _embed(entry.get(k), folder) for k in shown}
+                views.append({"method": m, "value": decimal(entry.get(metric)), "pictures": view})
         given = {k: _embed(picture.get(k), folder) for k in ("input", "truth")}
         out.append({"name": str(picture.get("name") or ""), "views": views, **given})
     return out
 
 
-def _rgb(colour: tuple[int, int, int]) -> str:
+def _rgb(colour: Sequence[int]) -> str:
     return f"rgb({colour[0]} {colour[1]} {colour[2]})"
 
 
@@ -465,7 +466,8 @@ def _curves(done: list[Method], metric: tuple[str, str]) -> dict[str, Any] | Non
 def _claim(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     arms = [arm for arm in result.get("arms") or [] if arm.get("name")]
     metric = str(result.get("metric") or "")
-    name = _metric(metric)
+    names = Names(result.get("metric_names") or {})
+    name = names(metric)
     values = [{k: list(v or []) for k, v in (arm.get("metrics") or {}).items()} for arm in arms]
     own = [v.get(metric, []) for v in values]
     seeds = list(result.get("seeds") or range(max(map(len, own), default=0)))
@@ -486,7 +488,7 @@ def _claim(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             arms,
             [*columns, _mean(own, both("Mean", "均值"))],
         ),
-        "more": Table(caption, head, arms, [_mean([v.get(k, []) for v in values], both(*_metric(k))) for k in others]),
+        "more": Table(caption, head, arms, [_mean([v.get(k, []) for v in values], both(*names(k))) for k in others]),
     }
 
 

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paperworks.errors import InputError
+
+if TYPE_CHECKING:
+    from paperworks.tasks.contract import Task
 
 _TASKS = {"segmentation": ("paperworks.tasks.segmentation", "Segmentation")}
 """Task name -> where its contract lives."""
 
-DEFAULT_PACKS = {"segmentation": "pack:cardiac_mr"}
-"""The data on which a task's papers show that they are usable."""
 
+def task(name: str) -> type[Task]:
+    """The class of a task's contract: ``task("segmentation")(source)`` opens a data set.
 
-def task(name: str) -> Any:
-    """The class of a task's contract: ``task("segmentation")(source)`` opens a data set."""
+    Raises:
+        InputError: there is no such task.
+    """
+    if name not in _TASKS:
+        raise InputError(f"no task is called {name!r}; there are: {', '.join(_TASKS)}")
     where, what = _TASKS[name]
     return getattr(importlib.import_module(where), what)
+
+
+def guess(path: Path) -> str:
+    """The task that a folder or file looks like; the last resort is the first task there is."""
+    return next((name for name in reversed(_TASKS) if task(name).recognises(path)), next(iter(_TASKS)))

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from paperworks.tasks.base import Output, Sample
+from paperworks.tasks.contract import Task
 
 Results = Mapping[str, Mapping[str, list[float]]]
 """arm -> metric -> one value per seed, in the order of the claim's seeds."""
@@ -21,8 +22,11 @@ class Trained(Protocol):
     network: nn.Module
     """In evaluation mode."""
 
-    def predict(self, image: Tensor, network: nn.Module | None = None) -> Tensor:
-        """Probabilities K H W of an image C H W in [0, 1] of any size; ``network`` stands in for the trained one (a pruned copy, say)."""
+    def predict(self, given: Any, network: nn.Module | None = None) -> Any:
+        """The task's prediction (segmentation: probabilities K H W of an image C H W in [0, 1] of any size).
+
+        ``network`` stands in for the trained one (a pruned copy, say).
+        """
         ...
 
     def output(self, image: Tensor) -> Output:
@@ -35,10 +39,12 @@ class Lab(Protocol):
     """What an arm may do. Everything in it follows from the claim's pack and the seed."""
 
     seed: int
+    data: Task
+    """The claim's pack, opened."""
 
     @property
     def training(self) -> Sequence[Sample]:
-        """Training samples without augmentation (``image`` C H W, ``mask`` H W, ``instances`` H W where there are any)."""
+        """Training samples without augmentation."""
         ...
 
     @property
@@ -54,8 +60,8 @@ class Lab(Protocol):
         """
         ...
 
-    def evaluate(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The task's metrics of ``predict`` (image C H W -> probabilities K H W) over the validation split."""
+    def evaluate(self, predict: Callable[[Any], Any]) -> dict[str, float]:
+        """The task's metrics of ``predict`` over the validation split."""
         ...
 
     def seconds(self, call: Callable[[], Any]) -> float:

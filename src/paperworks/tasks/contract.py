@@ -88,6 +88,12 @@ def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (image - mean.view(shape)) / std.view(shape)
 
 
+def channels_last(image: Tensor) -> Tensor:
+    """The same numbers with the channels of a pixel side by side in memory, as convolutions like it; other tensors as they are."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return image.contiguous(memory_format=formats.get(image.ndim, torch.contiguous_format))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a person may ask of a prediction of files."""
@@ -140,6 +146,8 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     metric_names: ClassVar[Mapping[str, tuple[str, str, int]]]
     """Metric -> English, Chinese, 1 where larger is better and -1 where smaller is."""
+    explained: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Metric -> what it means in a sentence, English and Chinese."""
     baseline_names: ClassVar[Mapping[str, tuple[str, str]]]
     """Baseline -> English, Chinese."""
     views: ClassVar[Mapping[str, tuple[str, str]]]
@@ -153,6 +161,10 @@ class Task(ABC):
     """What every network of the task returns, among other things, in evaluation mode."""
     outputs: ClassVar[tuple[str, ...]] = ("probabilities",)
     """What a deployed network gives, in this order; the names in exported files. Empty: there is no export."""
+    single: ClassVar[bool] = False
+    """An exported network takes one input at a time."""
+    look_at: ClassVar[int] = 24
+    """Validation items of a look during training; the final evaluation takes all."""
     suffix: ClassVar[str] = ".png"
     """Ending of the file that a prediction is written to."""
 
@@ -176,6 +188,15 @@ class Task(ABC):
     def recognises(cls, path: Path) -> bool:
         """Whether a folder or file looks like this task's, from names alone."""
         return False
+
+    @classmethod
+    def inspect(cls, source: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
+        """``describe`` of what may not be enough to train on.
+
+        Raises:
+            InputError: nothing can be understood.
+        """
+        return cls(source, progress=progress).describe()
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -234,6 +255,11 @@ class Task(ABC):
     def given(self, sample: Sample) -> Any:
         """What of a sample a predictor is given."""
         return sample["image"].as_subclass(Tensor)
+
+    @classmethod
+    def network_input(cls, given: Any, grid: Grid) -> Tensor:
+        """What a person gives as a deployed network could see it, without the batch axis: it is cropped or mirrored to a valid size after that."""
+        return given
 
     @abstractmethod
     def scores(self) -> Scores:

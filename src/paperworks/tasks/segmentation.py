@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,9 +19,10 @@ from torchvision import tv_tensors
 
 from paperworks.data import Folder, Item, open_folder
 from paperworks.errors import InputError
-from paperworks.files import atomic
+from paperworks.tasks import drawing, masks
 from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, centre_crop, grid_of
-from paperworks.tasks.drawing import display, error_map, overlay, panel
+from paperworks.tasks.contract import Deployed, Model, Options, Progress, Task
+from paperworks.tasks.drawing import Picture, display, error_map, overlay
 from paperworks.tasks.metrics import SegmentationScores
 from paperworks.tasks.tiling import predict_array
 
@@ -31,22 +31,74 @@ Predict = Callable[[Tensor], Tensor]
 """Image C H W in [0, 1], any size -> probabilities K H W."""
 
 
-class Segmentation:
+class Probabilities(Deployed):
+    """Images B C H W in [0, 1] of a valid size -> probabilities B K h w."""
+
+    def finish(self, output: Output) -> Tensor:
+        """Softmax over the classes."""
+        return output["logits"].softmax(1)
+
+
+class SampleScores:
+    """Scores of predictions beside the samples that they were made for."""
+
+    def __init__(self, scores: SegmentationScores) -> None:
+        self.inner = scores
+
+    def update(self, prediction: Tensor, sample: Sample) -> None:
+        """Count one image."""
+        self.inner.update(prediction, sample["mask"], sample.get("instances"), sample["name"])
+
+    def compute(self) -> dict[str, float]:
+        """Metrics over all images."""
+        return self.inner.compute()
+
+    def per_item(self) -> list[dict[str, Any]]:
+        """Metrics of each image."""
+        return list(self.inner.per_image())
+
+
+class Segmentation(Task):
     """A data set seen as a segmentation task."""
 
     name = "segmentation"
+    pack = "pack:cardiac_mr"
     metric = "dice"
-    higher_is_better = True
+    metric_names = {
+        "dice": ("Dice", "Dice 系数", 1),
+        "iou": ("IoU", "交并比", 1),
+        "boundary_f": ("Boundary F", "边界 F 值", 1),
+        "accuracy": ("Pixel accuracy", "像素准确率", 1),
+    }
+    explained = {
+        "dice": (
+            "Dice: twice the overlap of prediction and labels over the sum of their areas; 1 is perfect.",
+            "Dice 系数：预测与标注重叠面积的两倍除以两者面积之和；1 为完全一致。",
+        ),
+        "iou": ("IoU: overlap over union; always at most Dice.", "交并比：重叠面积除以并集面积，不会大于 Dice 系数。"),
+        "boundary_f": (
+            "Boundary F: how well the outlines agree within a small tolerance, which the overlap of large objects hides.",
+            "边界 F 值：轮廓在小容差内的吻合程度，大目标的重叠率往往掩盖这一点。",
+        ),
+        "accuracy": (
+            "Pixel accuracy: share of pixels with the right class; high for anyone where one class fills most of the image.",
+            "像素准确率：类别正确的像素比例；某一类占据大部分画面时，任何方法都会很高。",
+        ),
+    }
+    baseline_names = {"otsu": ("Otsu's threshold", "Otsu 阈值"), "majority": ("Majority class", "多数类")}
+    views = {"errors": ("errors", "误差"), "overlay": ("predictions", "预测")}
 
-    def __init__(self, source: str | Path, *, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, source: str | Path, *, progress: Progress | None = None) -> None:
         """Open a folder, an annotation file or ``pack:NAME``.
 
         Raises:
             InputError: there is nothing to learn from.
         """
         self.folder: Folder = open_folder(source, progress=progress)
-        self.train: tuple[Item, ...] = self.folder.train
-        self.val: tuple[Item, ...] = self.folder.val
+        self.source = str(self.folder.source)
+        self.sha256 = self.folder.fingerprint.sha256
+        self.train = self.folder.train
+        self.val = self.folder.val
         if not self.train or not self.val:
             raise InputError(
                 f"{self.folder.source}: {len(self.train)} training and {len(self.val)} validation images with masks; "
@@ -67,17 +119,14 @@ class Segmentation:
             instances=self.folder.instances,
         )
 
-    def check(self, spec: Spec) -> None:
-        """Refuse data on which a network built for ``spec`` cannot be measured.
+    @classmethod
+    def inspect(cls, source: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
+        """What the folder says of itself."""
+        return open_folder(source, progress=progress).describe()
 
-        Raises:
-            InputError: other classes or channels.
-        """
-        for what, ours, theirs in (("classes", self.spec.classes, spec.classes), ("channels", self.spec.channels, spec.channels)):
-            if ours != theirs:
-                raise InputError(
-                    f"{self.folder.source} has {what} {ours} where the model was trained on {theirs}; give data of the same kind"
-                )
+    def describe(self) -> dict[str, Any]:
+        """What the folder says of itself."""
+        return self.folder.describe()
 
     def sample(self, item: Item) -> Sample:
         """One example as it lies on the disk."""
@@ -108,40 +157,78 @@ class Segmentation:
         dice = 1 - soft_dice(logits.float().softmax(1), target)
         return {"loss": cross_entropy + dice, "cross_entropy": cross_entropy, "dice_loss": dice}
 
-    def scores(self) -> SegmentationScores:
+    @classmethod
+    def deploy(cls, network: nn.Module, spec: Spec) -> Probabilities:
+        """Normalisation, network, softmax."""
+        return Probabilities(network, spec)
+
+    @classmethod
+    def predictor(
+        cls, deployed: Callable[[Tensor], Tensor], spec: Spec, grid: Grid, *, window: int = 1024, overlap: float = 0.25
+    ) -> Predict:
+        """A function from an image of any size to its probabilities, tiled where it is larger than ``window`` pixels a side."""
+
+        def predict(image: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return predict_array(deployed, image, grid, window=window, overlap=overlap)
+
+        return predict
+
+    def scores(self) -> SampleScores:
         """An accumulator of the task's metrics over a split."""
-        return SegmentationScores(self.spec.classes, ignore=IGNORE, instances=self.spec.instances)
+        return SampleScores(SegmentationScores(self.spec.classes, ignore=IGNORE, instances=self.spec.instances))
 
-    def evaluate(
-        self, predict: Predict, items: Sequence[Item] | None = None, *, progress: Callable[[int, int], None] | None = None
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics of ``predict`` over ``items`` (default: the validation split), and those of each image."""
-        items = self.val if items is None else items
-        scores = self.scores()
-        for i, item in enumerate(items):
-            sample = self.sample(item)
-            scores.update(predict(sample["image"].as_subclass(Tensor)), sample["mask"], sample.get("instances"), sample["name"])
-            if progress:
-                progress(i + 1, len(items))
-        return scores.compute(), scores.per_image()
+    def shown(self, sample: Sample) -> dict[str, Picture]:
+        """The image, and its labels drawn on it."""
+        image = self.given(sample)
+        return {"input": display(image), "truth": self._overlay(image, sample["mask"].as_subclass(Tensor))}
 
-    def picture(self, predict: Predict, items: Sequence[Item], path: Path) -> None:
-        """A sheet with a row per image: image, truth, prediction, errors."""
-        rows = []
-        for item in items:
-            sample = self.sample(item)
-            image, mask = sample["image"].as_subclass(Tensor), sample["mask"].as_subclass(Tensor)
-            predicted = predict(image).argmax(0)
-            pictures = [display(image), self.overlay(image, mask), self.overlay(image, predicted), error_map(image, mask, predicted)]
-            rows.append(panel(pictures, [sample["name"], "truth", "prediction", "errors"], side=240))
-        width = max(row.shape[1] for row in rows)
-        sheet = np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows])
-        with atomic(path) as temporary:
-            PIL.Image.fromarray(sheet).save(temporary)
+    def drawn(self, sample: Sample, prediction: Tensor) -> dict[str, Picture]:
+        """What is wrong, and what was predicted."""
+        image, predicted = self.given(sample), prediction.argmax(0)
+        return {"errors": error_map(image, sample["mask"].as_subclass(Tensor), predicted), "overlay": self._overlay(image, predicted)}
 
-    def overlay(self, image: Tensor, labels: Tensor) -> np.ndarray:
-        """Labels drawn on the image, H W 3 uint8."""
+    def legend(self) -> list[dict[str, Any]]:
+        """The colours of errors and of the classes."""
+        wrong = [
+            {"colour": drawing.MISSED, "en": "missed (hatched)", "zh": "漏检（斜线）", "hatched": True, "view": "errors"},
+            {"colour": drawing.FALSE, "en": "false alarm", "zh": "误检", "view": "errors"},
+            {"colour": drawing.CONFUSED, "en": "one class for another", "zh": "类别混淆", "view": "errors"},
+            {"colour": (255, 255, 255), "en": "true outline", "zh": "真实轮廓", "view": "errors"},
+        ]
+        classes = [{"colour": drawing.colour(i), "en": c, "zh": c, "view": ""} for i, c in enumerate(self.spec.classes) if i]
+        return wrong + classes
+
+    def _overlay(self, image: Tensor, labels: Tensor) -> Picture:
         return overlay(image, labels, len(self.spec.classes))
+
+    def files(self, items: Sequence[Item]) -> list[Path]:
+        """The images' files (the first channel's where channels are files of their own)."""
+        return [item.images[0] for item in items]
+
+    @classmethod
+    def target(cls, name: Path) -> Path:
+        """A mask is a PNG, that of a TIFF a TIFF."""
+        return name.with_suffix(".tif" if name.suffix.lower() in masks.TIFF else ".png")
+
+    @classmethod
+    def predict_file(cls, model: Model, source: Path, target: Path, options: Options) -> None:
+        """Write a mask of class indexes; large TIFF images are read, predicted and written by rows."""
+        masks.predict_file(model, source, target, options)
+
+    @classmethod
+    def plain_batch(cls, network: nn.Module, spec: Spec, *, size: int = 48, batch: int = 2, seed: int = 0) -> Batch:
+        """Noise with labels of chance; every pixel is an object of its class."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch, *(grid_of(network).fit(size),) * spec.ndim)
+        mask = torch.randint(0, len(spec.classes), shape, generator=generator)
+        return {
+            "image": torch.randn(batch, spec.channels, *shape[1:], generator=generator),
+            "mask": mask,
+            "instances": mask.int(),
+            "weight": torch.ones(shape),
+            "name": [f"noise {i}" for i in range(batch)],
+        }
 
     def baselines(self) -> dict[str, Predict]:
         """What a table must be better than: Otsu's threshold and the majority class."""
@@ -207,32 +294,3 @@ def soft_dice(probabilities: Float[Tensor, "B K *S"], target: Tensor, smooth: fl
     overlap = (probabilities * truth).sum(axes)
     size = probabilities.sum(axes) + truth.sum(axes)
     return ((2 * overlap + smooth) / (size + smooth))[1:].mean()
-
-
-class Deployed(nn.Module):
-    """A trained network as it is used: images B C H W in [0, 1] of a valid size in, probabilities B K h w out."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module, spec: Spec) -> None:
-        super().__init__()
-        self.network = network
-        self.grid = grid_of(network)
-        shape = (1, spec.channels, *(1,) * spec.ndim)
-        self.register_buffer("mean", torch.tensor(spec.mean).view(shape))
-        self.register_buffer("std", torch.tensor(spec.std).view(shape))
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalise, run, softmax."""
-        return self.network((image - self.mean) / self.std)["logits"].softmax(1)
-
-
-def predictor(deployed: Callable[[Tensor], Tensor], spec: Spec, grid: Grid, *, window: int = 1024, overlap: float = 0.25) -> Predict:
-    """A function from an image of any size to its probabilities, tiled where it is larger than ``window`` pixels a side."""
-
-    def predict(image: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return predict_array(deployed, image, grid, window=window, overlap=overlap)
-
-    return predict

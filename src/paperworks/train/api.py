@@ -10,7 +10,8 @@ from torch import nn
 from paperworks import papers
 from paperworks.errors import InputError
 from paperworks.tasks import task
-from paperworks.tasks.base import Spec, grid_of
+from paperworks.tasks.base import grid_of
+from paperworks.tasks.contract import Task
 from paperworks.train.budget import Budget, parse_duration
 from paperworks.train.engine import Listener, Positions, bare, make_fabric, make_learner, probe
 from paperworks.train.engine import fit as train
@@ -39,15 +40,7 @@ def create(
     """
     paper, config, _ = configure(name, variant, settings)
     ndim = getattr(config, "ndim", 2)
-    spec = Spec(
-        task=papers.card(name).task,
-        channels=channels,
-        classes=tuple(f"class {i}" for i in range(classes)),
-        size=size or (256,) * ndim,
-        mean=(0.5,) * channels,
-        std=(0.25,) * channels,
-    )
-    return paper.build(spec, config)
+    return paper.build(task(papers.card(name).task).plain_spec(channels, classes, ndim, size or (256,) * ndim), config)
 
 
 def fit(
@@ -66,7 +59,7 @@ def fit(
     nodes: int = 1,
     precision: str = "auto",
     limit: int | None = None,
-    opened: Any = None,
+    opened: Task | None = None,
     listener: Listener | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Run:
@@ -114,7 +107,7 @@ def fit(
     return train(request, out, data=opened, resume=resume, workers=workers, listener=listener)
 
 
-def choose_variant(name: str, data: Any, budget: Budget, settings: dict[str, Any], seed: int) -> str:
+def choose_variant(name: str, data: Task, budget: Budget, settings: dict[str, Any], seed: int) -> str:
     """The largest of the paper's ``auto`` variants that sees the data often enough within the budget, by measured step times.
 
     Without a budget in time there is nothing to fit into, and the cheapest is taken. A variant is taken to cost at least twice what the one

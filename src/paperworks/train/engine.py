@@ -28,8 +28,8 @@ from paperworks.errors import InputError
 from paperworks.files import atomic, occupied, sweep
 from paperworks.tasks import task
 from paperworks.tasks.base import Batch, Grid, Loss, Paper, Recipe, Sample, grid_of
+from paperworks.tasks.contract import Predict, Task, channels_last, normalise
 from paperworks.tasks.environment import hardware, versions
-from paperworks.tasks.segmentation import Deployed, predictor
 from paperworks.train.budget import Budget, Plan, plan
 from paperworks.train.run import FORMAT, Request, Run, check_state, configure, save_weights
 
@@ -38,8 +38,6 @@ log = logging.getLogger("paperworks")
 CHECKPOINT_SECONDS = 20.0
 """How much work a kill may cost."""
 PROBE_STEPS = 6
-LOOK_AT = 24
-"""Validation images of a look during training; the final evaluation takes all."""
 
 
 class Interrupted(Exception):
@@ -81,7 +79,7 @@ class Positions(Dataset[Sample]):
     """The endless sequence of augmented training samples; item p follows from (seed, p) alone."""
 
     def __init__(
-        self, data: Any, recipe: Recipe, grid: Grid, prepare: Callable[[Sample], Sample] | None, seed: int, limit: int | None
+        self, data: Task, recipe: Recipe, grid: Grid, prepare: Callable[[Sample], Sample] | None, seed: int, limit: int | None
     ) -> None:
         self.data, self.recipe, self.grid, self.prepare, self.seed = data, recipe, grid, prepare, seed
         self.items = data.train[:limit]
@@ -94,17 +92,10 @@ class Positions(Dataset[Sample]):
         return self.prepare(sample) if self.prepare else sample
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Stack tensors; names become a list."""
-    return {
-        key: torch.stack([s[key].as_subclass(Tensor) for s in samples]) if isinstance(value, Tensor) else [s[key] for s in samples]
-        for key, value in samples[0].items()
-    }
-
-
 def batches(dataset: Positions, size: int, first: int, last: int, rank: int, world: int, workers: int) -> Iterator[Batch]:
     """Batches of the steps ``first`` ... ``last`` - 1; each process takes its share of every step."""
     share = [[(step * world + rank) * size + i for i in range(size)] for step in range(first, last)]
+    collate = dataset.data.collate
     return iter(DataLoader(dataset, batch_sampler=share, num_workers=workers, collate_fn=collate, persistent_workers=False))
 
 
@@ -113,6 +104,7 @@ class Learner:
     """A network with everything that a training step needs."""
 
     network: nn.Module
+    task: type[Task]
     loss: Loss
     recipe: Recipe
     mean: Tensor
@@ -128,9 +120,9 @@ class Learner:
             group["lr"] = self.recipe.lr * factor * schedule(self.recipe, step, steps)
         torch.manual_seed((self.seed * 1_000_003 + step) * 1009 + rank)
         self.network.train()
-        batch["image"] = ((batch["image"] - self.mean) / self.std).contiguous(memory_format=_memory_format(batch["image"]))
+        batch |= {name: channels_last(normalise(batch[name], self.mean, self.std)) for name in self.task.images}
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.loss(self.network(batch["image"]), batch)
+        terms = self.loss(self.task.forward(self.network, batch), batch)
         fabric.backward(terms["loss"])
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
@@ -180,10 +172,6 @@ def bare(network: nn.Module) -> nn.Module:
     while hasattr(network, "module") or hasattr(network, "_forward_module"):
         network = network.module if hasattr(network, "module") else network._forward_module  # type: ignore[assignment]
     return network
-
-
-def _memory_format(image: Tensor) -> torch.memory_format:
-    return torch.channels_last if image.ndim == 4 else torch.channels_last_3d
 
 
 def schedule(recipe: Recipe, step: int, steps: int) -> float:
@@ -250,7 +238,7 @@ def fit(
     request: Request,
     out: str | Path,
     *,
-    data: Any = None,
+    data: Task | None = None,
     resume: bool = False,
     workers: int = 0,
     listener: Listener | None = None,
@@ -280,7 +268,7 @@ def fit(
         return _train(fabric, run, data, workers, listener, caught)
 
 
-def _open_run(request: Request, out: Path, data: Any, resume: bool) -> Run:
+def _open_run(request: Request, out: Path, data: Task, resume: bool) -> Run:
     asked = asdict(request) | {"settings": dict(request.settings), "budget": dict(request.budget)}
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
     until = time.monotonic() + 60
@@ -295,7 +283,7 @@ def _open_run(request: Request, out: Path, data: Any, resume: bool) -> Run:
                 raise InputError(
                     f"{out}: the run was started with {key} = {run.record['request'].get(key)!r}, not {value!r}; ask for the same or take another --out"
                 )
-        if run.record["data"]["sha256"] != data.folder.fingerprint.sha256:
+        if run.record["data"]["sha256"] != data.sha256:
             raise InputError(f"{out}: the data in {request.data} changed since the run began; take another --out")
         return run
     if occupied(out):
@@ -310,7 +298,7 @@ def _open_run(request: Request, out: Path, data: Any, resume: bool) -> Run:
         "spec": asdict(data.spec),
         "data": {
             "source": str(request.data),
-            "sha256": data.folder.fingerprint.sha256,
+            "sha256": data.sha256,
             "train": [i.name for i in data.train],
             "val": [i.name for i in data.val],
         },
@@ -323,7 +311,7 @@ def _open_run(request: Request, out: Path, data: Any, resume: bool) -> Run:
     return run
 
 
-def _train(fabric: Any, run: Run, data: Any, workers: int, listener: Listener, caught: list[int]) -> Run:
+def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, caught: list[int]) -> Run:
     request = run.request
     started = time.perf_counter()
     paper, config, recipe = configure(request.paper, request.variant, request.settings)
@@ -342,7 +330,7 @@ def _train(fabric: Any, run: Run, data: Any, workers: int, listener: Listener, c
             budget = Budget(**request.budget)
             seconds = probe(fabric, learner, dataset, world, rank) if budget.seconds is not None else None
             look_seconds = (
-                _timed(lambda: _look(learner, data, limit=4)) / 4 * min(LOOK_AT, len(data.val)) if budget.seconds is not None else 0.0
+                _timed(lambda: _look(learner, data, limit=4)) / 4 * min(data.look_at, len(data.val)) if budget.seconds is not None else 0.0
             )
             the_plan = plan(
                 budget,
@@ -369,7 +357,7 @@ def _train(fabric: Any, run: Run, data: Any, workers: int, listener: Listener, c
     writer = _tensorboard(run.folder, step) if rank == 0 else None
     began, last_saved = time.perf_counter() - spent, time.perf_counter()
     for batch in batches(dataset, recipe.batch_size, step, the_plan.steps, rank, world, workers):
-        batch = {k: fabric.to_device(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = fabric.to_device(batch)
         terms = learner.step(fabric, batch, step, the_plan.steps, rank)
         step += 1
         last = step == the_plan.steps
@@ -403,7 +391,7 @@ def _train(fabric: Any, run: Run, data: Any, workers: int, listener: Listener, c
     if rank == 0:
         with learner.averaged() as network:
             save_weights(network, run.folder / "model.safetensors")
-            metrics, per_image = data.evaluate(predictor(Deployed(network, data.spec), data.spec, grid))
+            metrics, per_item = data.evaluate(_predictor(learner, network, data))
         _draw(learner, data, run.folder / "pictures" / "final.png")
         run.record |= {
             "state": "finished",
@@ -415,7 +403,7 @@ def _train(fabric: Any, run: Run, data: Any, workers: int, listener: Listener, c
             "recipe": asdict(recipe),
             "config": asdict(config),
             "metrics": metrics,
-            "per_image": per_image,
+            "per_item": per_item,
         }
         run.save()
         log.info("finished: %s", ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "/" not in k))
@@ -423,7 +411,7 @@ def _train(fabric: Any, run: Run, data: Any, workers: int, listener: Listener, c
     return run
 
 
-def make_learner(fabric: Any, paper: Paper, config: Any, recipe: Recipe, data: Any, seed: int) -> Learner:
+def make_learner(fabric: Any, paper: Paper, config: Any, recipe: Recipe, data: Task, seed: int) -> Learner:
     """Build network and optimiser on Fabric's device, initialised from the seed."""
     torch.manual_seed(seed)
     network = paper.build(data.spec, config)
@@ -434,9 +422,8 @@ def make_learner(fabric: Any, paper: Paper, config: Any, recipe: Recipe, data: A
     device = fabric.device
     if average:
         average = {k: v.to(device) for k, v in average.items()}
-    shape = (1, -1, *(1,) * data.spec.ndim)
-    mean, std = (torch.tensor(v, device=device).view(shape) for v in (data.spec.mean, data.spec.std))
-    return Learner(network, paper.loss(config) if paper.loss else data.loss, recipe, mean, std, optimizer, average, seed)
+    mean, std = (torch.tensor(v, device=device) for v in (data.spec.mean, data.spec.std))
+    return Learner(network, type(data), paper.loss(config) if paper.loss else data.loss, recipe, mean, std, optimizer, average, seed)
 
 
 def probe(fabric: Any, learner: Learner, dataset: Positions, world: int = 1, rank: int = 0, steps: int = PROBE_STEPS) -> float:
@@ -445,7 +432,7 @@ def probe(fabric: Any, learner: Learner, dataset: Positions, world: int = 1, ran
     times = []
     clock = time.perf_counter()
     for step, batch in enumerate(batches(dataset, learner.recipe.batch_size, 0, steps, rank, world, 0)):
-        batch = {k: fabric.to_device(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = fabric.to_device(batch)
         learner.step(fabric, batch, step, 10**6, rank)
         if fabric.device.type == "cuda":
             torch.cuda.synchronize()
@@ -464,20 +451,26 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _look(learner: Learner, data: Any, *, limit: int = LOOK_AT, pictures: Path | None = None) -> dict[str, float]:
-    """Metrics on the first images of the validation split, spread over it."""
+def _look(learner: Learner, data: Task, *, limit: int | None = None, pictures: Path | None = None) -> dict[str, float]:
+    """Metrics on some items of the validation split, spread over it."""
+    limit = limit or data.look_at
     items = data.val[:: max(1, len(data.val) // limit)][:limit]
     with learner.averaged() as network:
-        predict = predictor(Deployed(network, data.spec).to(learner.mean.device), data.spec, grid_of(network))
+        predict = _predictor(learner, network, data)
         metrics, _ = data.evaluate(predict, items)
         if pictures:
             data.picture(predict, items[:4], pictures)
     return {k: v for k, v in metrics.items() if "/" not in k}
 
 
-def _draw(learner: Learner, data: Any, path: Path) -> None:
+def _predictor(learner: Learner, network: nn.Module, data: Task) -> Predict:
+    deployed = data.deploy(network, data.spec).to(learner.mean.device).eval()
+    return data.predictor(lambda given: deployed(given.to(learner.mean.device)), data.spec, grid_of(network))
+
+
+def _draw(learner: Learner, data: Task, path: Path) -> None:
     with learner.averaged() as network:
-        predict = predictor(Deployed(network, data.spec).to(learner.mean.device), data.spec, grid_of(network))
+        predict = _predictor(learner, network, data)
         data.picture(predict, data.val[:: max(1, len(data.val) // 8)][:8], path)
 
 
