@@ -229,3 +229,53 @@ def test_hd95_agrees_with_monai(spacing):
 def test_hd95_of_nothing():
     some, none = np.eye(5, dtype=bool), np.zeros((5, 5), bool)
     assert hd95(some, some) == 0 and math.isinf(hd95(some, none)) and math.isinf(hd95(none, some)) and math.isnan(hd95(none, none))
+
+
+def test_volumes_agree_with_monai():
+    monai = pytest.importorskip("monai.metrics")
+    spacing = (3.0, 1.0, 0.5)
+    scores = SegmentationScores(CLASSES)
+    pairs = [blocks(seed) for seed in range(3)]
+    for i, (predicted, mask) in enumerate(pairs):
+        scores.update(predicted, mask, name=str(i), spacing=spacing)
+    apart = []
+    for (predicted, mask), found in zip(pairs, scores.per_image(), strict=True):
+        one_hot = [torch.nn.functional.one_hot(m, 3).movedim(-1, 0)[None].float() for m in (predicted, mask)]
+        dice = monai.compute_dice(*one_hot, include_background=False)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            distance = monai.compute_hausdorff_distance(*one_hot, include_background=False, percentile=95, spacing=spacing)[0]
+        assert math.isclose(found["dice"], dice.mean(), rel_tol=1e-5) and math.isclose(found["hd95"], distance.mean(), rel_tol=1e-5)
+        assert math.isclose(found["hd95/wall"], distance[1], rel_tol=1e-5) and math.isnan(found["hd95/background"])
+        apart.append(distance)
+    found = scores.compute()
+    assert math.isclose(found["hd95/cell"], torch.stack(apart)[:, 0].mean(), rel_tol=1e-5)
+    assert math.isclose(found["hd95"], torch.stack(apart).mean(), rel_tol=1e-5)
+
+
+def blocks(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two maps of volumes that differ, of three classes in blocks of five voxels."""
+    g = torch.Generator().manual_seed(seed)
+    first = torch.randint(0, 3, (3, 4, 5), generator=g)
+    second = torch.where(torch.rand(first.shape, generator=g) < 0.3, torch.randint(0, 3, first.shape, generator=g), first)
+    large = [m.repeat_interleave(5, 0).repeat_interleave(5, 1).repeat_interleave(5, 2) for m in (first, second)]
+    return large[0], large[1]
+
+
+def test_a_class_that_is_missed_in_a_volume_counts_with_the_diagonal():
+    predicted, mask = torch.zeros(2, 6, 8, 10, dtype=torch.long)
+    mask[2:4, 2:4, 2:4] = 1
+    scores = SegmentationScores(CLASSES)
+    scores.update(predicted, mask, spacing=(2.0, 1.0, 1.0))
+    found = scores.compute()
+    assert found["hd95/cell"] == found["hd95"] == math.sqrt(12**2 + 8**2 + 10**2) and math.isnan(found["hd95/wall"])
+    mask[2:4, 2:4, 2:4] = 255  # where nothing is known, nothing is missed
+    scores = SegmentationScores(CLASSES)
+    scores.update(predicted, mask)
+    assert math.isnan(scores.compute()["hd95"])
+
+
+def test_images_have_no_distances():
+    scores = SegmentationScores(CLASSES)
+    scores.update(*random_maps(0))
+    assert not any(key.startswith("hd95") for key in scores.compute())

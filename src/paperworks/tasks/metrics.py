@@ -24,6 +24,8 @@ class SegmentationScores:
 
     - ``dice``, ``iou``, ``boundary_f``: means over the classes but the background; and each with ``/<class>`` for every class;
     - ``accuracy``: share of right pixels;
+    - of volumes ``hd95`` (and with ``/<class>``): the mean over the volumes of :func:`hd95`, in millimetres where the spacing is known.
+      A class that only one of truth and prediction has counts with the volume's diagonal, the largest distance there can be in it;
     - with ``instances``: ``object_f1``, ``object_precision``, ``object_recall``, ``merges``, ``splits`` of :func:`object_counts`,
       where predicted objects are the connected components of each class but the background.
     """
@@ -44,20 +46,22 @@ class SegmentationScores:
 
     def update(
         self,
-        prediction: Float[Tensor, "K H W"] | Integer[Tensor, "H W"],
-        mask: Integer[Tensor, "H W"],
-        instances: Integer[Tensor, "H W"] | None = None,
+        prediction: Float[Tensor, "K *S"] | Integer[Tensor, "*S"],
+        mask: Integer[Tensor, "*S"],
+        instances: Integer[Tensor, "*S"] | None = None,
         name: str = "",
+        spacing: Sequence[float] | None = None,
     ) -> None:
-        """Count one image.
+        """Count one image (H W) or volume (D H W).
 
         Args:
             prediction: probabilities (or logits), or class indices.
             mask: true class indices.
             instances: true objects, 0 is background; needed if objects are scored.
             name: given back by ``per_image``.
+            spacing: millimetres from voxel to voxel along each axis of a volume; default: 1.
         """
-        predicted = prediction.argmax(0) if prediction.ndim == 3 else prediction
+        predicted = prediction.argmax(0) if prediction.ndim > mask.ndim else prediction
         predicted, mask = predicted.cpu().long(), mask.cpu().long()
         n = len(self.classes)
         confusion = multiclass_confusion_matrix(predicted[None], mask[None], n, ignore_index=self.ignore).numpy()
@@ -67,6 +71,12 @@ class SegmentationScores:
             "confusion": confusion.astype(np.float64),
             "boundary": np.array([boundary_counts(guess == c, truth == c, valid, self.boundary) for c in range(n)], np.float64),
         }
+        if mask.ndim == 3:
+            diagonal = float(np.linalg.norm(np.multiply(mask.shape, spacing or 1.0)))
+            distances = np.array(
+                [np.nan if c == self.background else hd95(*((m == c) & valid for m in (guess, truth)), spacing) for c in range(n)]
+            )
+            counts["distances"] = np.array([np.nan_to_num(distances, nan=0.0, posinf=diagonal), ~np.isnan(distances)], np.float64)
         if self.instances:
             if instances is None:
                 raise ValueError(f"{name}: objects are to be scored, but there is no map of instances")
@@ -93,6 +103,8 @@ class SegmentationScores:
             "iou": _ratio(right, true + predicted - right),
             "boundary_f": np.where(ours + theirs > 0, _ratio(2 * precision * recall, precision + recall, 0.0), np.nan),
         }
+        if "distances" in counts:
+            by_class["hd95"] = _ratio(*counts["distances"])
         foreground = [c for c in range(len(self.classes)) if c != self.background]
         scores = {key: _mean(values[foreground]) for key, values in by_class.items()}
         scores["accuracy"] = float(_ratio(right.sum(), confusion.sum()))
@@ -116,9 +128,18 @@ def boundary_counts(
     first pair its precision, the second its recall. A boundary pixel is a valid pixel of the region with a valid edge neighbour
     outside it; the border of the image is none. Near is no farther than ``tolerance`` pixels (Euclidean).
     """
+    where = _around(predicted | true, 1)  # a boundary pixel of one lies in the other's box or in its own
+    predicted, true, valid = predicted[where], true[where], valid[where]
     ours, theirs = _boundary(predicted, valid), _boundary(true, valid)
     found, met = ours & _near(theirs, tolerance), theirs & _near(ours, tolerance)
     return int(found.sum()), int(ours.sum()), int(met.sum()), int(theirs.sum())
+
+
+def _around(region: ndarray, margin: int = 0) -> tuple[slice, ...]:
+    """The box that holds a region and ``margin`` pixels about it; empty if the region is."""
+    axes = range(region.ndim)
+    held = [np.flatnonzero(region.any(tuple(other for other in axes if other != axis))) for axis in axes]
+    return tuple(slice(max(int(i[0]) - margin, 0), int(i[-1]) + 1 + margin) if len(i) else slice(0) for i in held)
 
 
 def _near(boundary: ndarray, tolerance: float) -> ndarray:
@@ -182,7 +203,8 @@ def hd95(predicted: Bool[ndarray, "*size"], true: Bool[ndarray, "*size"], spacin
     """
     if not predicted.any() or not true.any():
         return float("nan") if predicted.any() == true.any() else float("inf")
-    ours, theirs = (region & ~np.asarray(ndimage.binary_erosion(region), bool) for region in (predicted, true))
+    where = _around(predicted | true)
+    ours, theirs = (region[where] & ~np.asarray(ndimage.binary_erosion(region[where]), bool) for region in (predicted, true))
     there, back = _distance(theirs, spacing)[ours], _distance(ours, spacing)[theirs]
     return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
