@@ -1,0 +1,1 @@
+"""Restoration: images and films without their noise."""
