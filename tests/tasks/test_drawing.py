@@ -4,7 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from paperworks.tasks.drawing import CONFUSED, ERRORS, FALSE, MISSED, PALETTE, colour, display, error_map, legend, overlay, panel
+from paperworks.tasks.drawing import (
+    CONFUSED,
+    ERRORS,
+    FALSE,
+    MISSED,
+    PALETTE,
+    colour,
+    display,
+    error_map,
+    legend,
+    montage,
+    overlay,
+    panel,
+    places,
+)
 
 
 def scene() -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,3 +103,22 @@ def test_legend_names_the_colours():
     picture = legend(ERRORS)
     for _, rgb in ERRORS:
         assert (picture == rgb).all(-1).any()
+
+
+def test_slices_that_hold_something_are_shown():
+    labels = torch.zeros(30, 6, 7, dtype=torch.long)
+    labels[10:21, 2, 2] = 1
+    assert places(labels) == [10, 11, 12, 14, 15, 16, 18, 19, 20]
+    assert places(labels, 2) == [10, 20] and places(labels[:12]) == [10, 11]
+    labels[:5] = 255  # nothing is known there, which is nothing to show
+    assert places(labels, 2) == [10, 20]
+    assert places(torch.zeros(4, 6, 7, dtype=torch.long)) == [0, 1, 2, 3]
+
+
+def test_montage_lays_slices_out_in_rows():
+    volume = torch.arange(1, 6).float().view(1, 5, 1, 1).expand(2, 5, 3, 4)
+    sheet = montage(volume, [0, 1, 2, 3, 4])
+    assert sheet.shape == (2, 7, 14)
+    assert sheet[0, 0].tolist() == [1] * 4 + [0] + [2] * 4 + [0] + [3] * 4 and sheet[0, 4].tolist() == [4] * 4 + [0] + [5] * 4 + [0] * 5
+    assert (sheet[0, 3] == 0).all() and torch.equal(sheet[0], sheet[1])
+    assert montage(volume[0].long(), [2]).tolist() == [[3] * 4] * 3

@@ -1,11 +1,13 @@
-"""Pictures of segmentations: uint8 arrays H W 3, for files and reports."""
+"""Pictures of segmentations: uint8 arrays H W 3, for files and reports. Of volumes some slices side by side."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+import torch
+from jaxtyping import Float, Integer, Shaped, UInt8
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
@@ -83,6 +85,25 @@ def error_map(image: Float[Tensor, "C H W"], mask: Integer[Tensor, "H W"], predi
     picture[wrong & (truth == 0)] = FALSE
     picture[wrong & (truth != 0) & (guess != 0)] = CONFUSED
     return (picture + 0.5).astype(np.uint8)
+
+
+def places(labels: Integer[Tensor, "D H W"], count: int = 9) -> list[int]:
+    """Which slices of a volume to show: evenly spread over those that hold something, or over all where none does."""
+    held = ((labels > 0) & (labels != 255)).flatten(1).any(1).nonzero().flatten()
+    first, last = (int(held[0]), int(held[-1])) if len(held) else (0, len(labels) - 1)
+    return np.linspace(first, last, min(count, last - first + 1)).round().astype(int).tolist()
+
+
+def montage(volume: Shaped[Tensor, "*C D H W"], places: Sequence[int], gap: int = 1) -> Shaped[Tensor, "*C h w"]:
+    """Slices of a volume laid out as one image, in rows from the top, as nearly square as can be; ``gap`` pixels of 0 between them."""
+    columns = math.ceil(math.sqrt(len(places)))
+    chosen = torch.nn.functional.pad(volume[..., list(places), :, :], (0, gap, 0, gap))
+    *channels, _, height, width = chosen.shape
+    sheet = chosen.new_zeros(*channels, -(-len(places) // columns) * height, columns * width)
+    for i in range(len(places)):
+        row, column = divmod(i, columns)
+        sheet[..., row * height : (row + 1) * height, column * width : (column + 1) * width] = chosen[..., i, :, :]
+    return sheet[..., : sheet.shape[-2] - gap, : sheet.shape[-1] - gap]
 
 
 def panel(pictures: Sequence[Picture], titles: Sequence[str], side: int | None = None, gap: int = 6) -> Picture:
