@@ -11,7 +11,10 @@ from paperworks.errors import InputError
 if TYPE_CHECKING:
     from paperworks.tasks.contract import Task
 
-_TASKS = {"segmentation": ("paperworks.tasks.segmentation", "Segmentation")}
+_TASKS = {
+    "segmentation": ("paperworks.tasks.segmentation", "Segmentation"),
+    "classification": ("paperworks.tasks.classification", "Classification"),
+}
 """Task name -> where its contract lives."""
 
 

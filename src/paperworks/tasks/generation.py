@@ -9,6 +9,7 @@ All networks are judged alike: how near a reconstruction is to its image, and ho
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,16 +219,17 @@ class Generation(Task):
         Raises:
             InputError: there is nothing to learn from.
         """
-        self.folder: ClassFolder = open_classes(source, progress=progress)
-        self.source, self.sha256 = str(self.folder.source), self.folder.sha256
+        self.folder: ClassFolder = open_classes(source, labelled=False, progress=progress)
+        print_ = self.folder.fingerprint
+        self.source, self.sha256 = self.folder.source, print_.sha256
         self.train: tuple[ClassItem, ...] = self.folder.train
         self.val: tuple[ClassItem, ...] = self.folder.val
         if not self.train or not self.val:
             raise InputError(
                 f"{self.source}: {len(self.train)} training and {len(self.val)} validation images; add images, or say which is which in splits.json"
             )
-        side = max(min(*self.folder.size, LARGEST) // STEP, 2) * STEP
-        self.spec = self._spec(self.folder.channels, side, self.folder.range)
+        side = max(min(*print_.median_size, LARGEST) // STEP, 2) * STEP
+        self.spec = self._spec(print_.channels, side, (float(print_.range[0]), float(print_.range[1])))
 
     @classmethod
     def _spec(cls, channels: int, side: int, span: tuple[float, float] = (0.0, 255.0)) -> Spec:
@@ -311,8 +313,14 @@ class Generation(Task):
         ]
 
     def files(self, items: Sequence[ClassItem]) -> list[Path]:
-        """The images' files."""
-        return [self.folder.path(item) for item in items]
+        """The images' files; those that are rows of an array are written to a temporary folder first."""
+        folder = Path(tempfile.gettempdir()) / f"paperworks_{self.sha256[:12]}"
+        return [item.path if item.row is None else self._written(item, folder) for item in items]
+
+    def _written(self, item: ClassItem, folder: Path) -> Path:
+        path = folder / f"{item.name.replace('/', '_')}.png"
+        save_picture(self._read(item), path)
+        return path
 
     @classmethod
     def predict_file(cls, model: Model, source: Path, target: Path, options: Options) -> None:
