@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _TASKS = {
     "segmentation": ("paperworks.tasks.segmentation", "Segmentation"),
     "classification": ("paperworks.tasks.classification", "Classification"),
+    "generation": ("paperworks.tasks.generation", "Generation"),
 }
 """Task name -> where its contract lives."""
 
