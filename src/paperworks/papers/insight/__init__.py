@@ -1,0 +1,1 @@
+"""Insight: why a network answers as it does."""
