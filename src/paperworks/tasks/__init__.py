@@ -15,6 +15,7 @@ _TASKS = {
     "segmentation": ("paperworks.tasks.segmentation", "Segmentation"),
     "classification": ("paperworks.tasks.classification", "Classification"),
     "generation": ("paperworks.tasks.generation", "Generation"),
+    "detection": ("paperworks.tasks.detection", "Detection"),
 }
 """Task name -> where its contract lives."""
 
