@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
 
 from paperworks.papers.backbones.efficientnet.claim import ARMS
 from paperworks.papers.backbones.efficientnet.efficientnet import (
@@ -18,6 +19,7 @@ from paperworks.papers.backbones.efficientnet.efficientnet import (
     EfficientNet,
     MBConv,
     SameConv2d,
+    Varied,
     candidates,
     channels_of,
     compound,
@@ -275,6 +277,18 @@ def test_small_networks_keep_four_maps():
 def test_recipe_of_the_table_and_of_minutes():
     assert recipe(VARIANTS["b0"]).average == 0.9999
     assert recipe(VARIANTS["small"]).average < 0.99
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_augmentation_resizes_and_follows_its_generator(channels):
+    sample = {"image": tv_tensors.Image(torch.rand(channels, 32, 40)), "name": "a"}
+    views = [Varied()(sample, (16, 16), torch.Generator().manual_seed(seed))["image"] for seed in (0, 0, 1)]
+    assert all(v.shape == (channels, 16, 16) and v.min() >= 0 and v.max() <= 1 for v in views)
+    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+    half = Varied(area=(0.9, 1.0), policy=False)(
+        sample | {"image": tv_tensors.Image(torch.linspace(0, 1, 40).expand(3, 40, 40))}, (8, 8), torch.Generator()
+    )
+    assert half["image"].max() - half["image"].min() > 0.7  # the whole image made smaller, not a part of eight pixels
 
 
 # --- The claim's arms

@@ -15,7 +15,7 @@ F channels of the last layer, h w = a map's height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil, sqrt
@@ -26,8 +26,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
+from torchvision.transforms import v2
 
-from paperworks.tasks.base import Batch, Grid, Output, Paper, Recipe
+from paperworks.tasks.base import Batch, Grid, Output, Paper, Recipe, Sample
 from paperworks.tasks.classification import image_side
 
 # Section 3: the scaling rule
@@ -242,6 +243,26 @@ def smoothed(output: Output, batch: Batch) -> dict[str, Tensor]:
     return {"loss": F.cross_entropy(output["logits"], batch["label"], label_smoothing=0.1)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Varied:
+    """A random part of the image at the network's size, mirrored, and AutoAugment's policy for ImageNet."""
+
+    area: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image that is cut out."""
+    policy: bool = True
+    """AutoAugment; it knows grey and RGB only."""
+
+    def __call__(self, sample: Sample, patch: Sequence[int], generator: torch.Generator) -> Sample:
+        """``sample`` with another view of its image, of the height and width of ``patch``."""
+        image = sample["image"]
+        steps = [v2.RandomResizedCrop(tuple(patch), self.area), v2.RandomHorizontalFlip()]
+        if self.policy and len(image) in (1, 3):
+            steps.append(v2.AutoAugment())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            return sample | {"image": v2.Compose(steps)(image).clamp(0, 1)}
+
+
 SMALL = (
     Stage(kernel=3, stride=1, ratio=1, channels=16, repeats=1),
     Stage(kernel=3, stride=2, ratio=4, channels=24, repeats=2),
@@ -270,10 +291,10 @@ VARIANTS = {
 
 
 def recipe(config: Config) -> Recipe:
-    """The paper trains 350 epochs with RMSProp; AdamW with a cosine stands in for it, and nothing else of the schedule is kept in minutes."""
-    if config.stem_stride == 1:
-        return Recipe(lr=3e-3, weight_decay=2e-2, batch_size=50, average=0.98)
-    return Recipe(lr=1e-3, weight_decay=1e-5, batch_size=32, average=0.9999)
+    """Crops, smoothing, averaged weights and drop connect are the paper's; AdamW stands in for RMSProp, a cosine for its staircase."""
+    if config.stem_stride == 1:  # from nothing, in minutes
+        return Recipe(lr=3e-3, weight_decay=2e-2, batch_size=50, average=0.98, augment=Varied(area=(0.35, 1.0), policy=False))
+    return Recipe(lr=1e-3, weight_decay=1e-5, warmup=5 / 350, batch_size=128, clip=None, average=0.9999, augment=Varied())
 
 
 PAPER = Paper(
