@@ -187,6 +187,12 @@ def test_channels_in_files_of_their_own(tmp_path, volume):
     assert data.fingerprint.channels == 2 and data.image(data.items[0])[0, 0, 0].tolist() == [0, 1]
 
 
+def test_volumes_of_other_channels_are_problems(cases, volume):
+    volume(cases / "images" / "b.nii.gz", np.zeros((8, 10, 6, 4), np.uint8), np.diag([0.5, 1, 3, 1]))
+    data = open_folder(cases)
+    assert data.fingerprint.channels == 1 and ["has 4 channels" in str(p) for p in data.problems] == [True]
+
+
 def test_many_labels_in_volumes_are_classes(tmp_path, volume):
     """Organs are in one piece each too; only what is said makes objects of them."""
     voxels = np.arange(30, dtype=np.int16).reshape(5, 6, 1).repeat(4, 2)

@@ -420,8 +420,9 @@ def _alike(root: Path, items: Sequence[Item], scans: dict[str, Scan], problems: 
         return 0
     dtype = Counter(s.dtype for s in scans.values()).most_common(1)[0][0]
     here = Counter(s.channels for s in scans.values() if s.dtype == dtype)
-    # Grey, RGB and alpha go into each other: RGB if any has colour. Other numbers of channels do not.
-    channels = here.most_common(1)[0][0] if len(here) == 1 or max(here) > 4 else 3 if max(here) >= 3 else 1
+    # Grey, RGB and alpha go into each other: RGB if any has colour. Other numbers of channels do not, nor do those of volumes.
+    apart = max(here) > 4 or any(len(s.size) == 3 for s in scans.values())
+    channels = here.most_common(1)[0][0] if len(here) == 1 or apart else 3 if max(here) >= 3 else 1
     for item in items:
         scan = scans.get(item.name)
         if scan is None:
@@ -429,7 +430,7 @@ def _alike(root: Path, items: Sequence[Item], scans: dict[str, Scan], problems: 
         if scan.dtype != dtype:
             problems.append(Problem(item.images[0], f"is {scan.dtype} where most images are {dtype}", "save all alike"))
             bad.add(item.name)
-        elif scan.channels != channels and max(scan.channels, channels) > 4:
+        elif scan.channels != channels and (apart or max(scan.channels, channels) > 4):
             problems.append(Problem(item.images[0], f"has {scan.channels} channels where most images have {channels}", "save all alike"))
             bad.add(item.name)
     if settings.channels is not None and len(settings.channels) != channels:

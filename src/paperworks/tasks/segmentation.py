@@ -1,7 +1,11 @@
-"""Segmentation: every pixel gets a class.
+"""Segmentation: every pixel of an image, or voxel of a volume, gets a class.
 
 A sample is ``image`` (C H W, float32 in [0, 1]), ``mask`` (H W, class index, 255 = ignore) and, where the labels tell objects apart,
-``instances`` (H W, 0 = background). A network returns ``logits`` (B K h w), which cover the input less its grid's margin.
+``instances`` (H W, 0 = background). A network returns ``logits`` (B K h w), which cover the input less its grid's margin. Volumes have
+D H W where images have H W, and ``spacing``, the millimetres between voxels.
+
+What a size means for images it means for volumes by its number of pixels: a training crop of ``patch`` has patch x patch voxels at the
+most, and so has a ``window``, with sides of equal length in millimetres.
 """
 
 from __future__ import annotations
@@ -12,23 +16,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import tv_tensors
 
 from paperworks.data import Folder, Item, open_folder
+from paperworks.data.nifti import is_volume, stem
 from paperworks.errors import InputError
-from paperworks.tasks import drawing, masks
+from paperworks.tasks import drawing, masks, volumes
 from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, centre_crop, grid_of
 from paperworks.tasks.contract import Deployed, Model, Options, Progress, Task
-from paperworks.tasks.drawing import Picture, display, error_map, overlay
+from paperworks.tasks.drawing import Picture, display, error_map, montage, overlay, places
 from paperworks.tasks.metrics import SegmentationScores
 from paperworks.tasks.tiling import predict_array
+from paperworks.tasks.volumes import window_of
 
 IGNORE = 255
+KINDS = {2: "images", 3: "volumes"}
 Predict = Callable[[Tensor], Tensor]
-"""Image C H W in [0, 1], any size -> probabilities K H W."""
+"""Image C H W (or volume C D H W) in [0, 1], any size -> probabilities K H W (or K D H W)."""
 
 
 class Probabilities(Deployed):
@@ -47,7 +54,7 @@ class SampleScores:
 
     def update(self, prediction: Tensor, sample: Sample) -> None:
         """Count one image."""
-        self.inner.update(prediction, sample["mask"], sample.get("instances"), sample["name"])
+        self.inner.update(prediction, sample["mask"], sample.get("instances"), sample["name"], sample.get("spacing"))
 
     def compute(self) -> dict[str, float]:
         """Metrics over all images."""
@@ -69,6 +76,7 @@ class Segmentation(Task):
         "iou": ("IoU", "交并比", 1),
         "boundary_f": ("Boundary F", "边界 F 值", 1),
         "accuracy": ("Pixel accuracy", "像素准确率", 1),
+        "hd95": ("HD95 (mm)", "HD95（毫米）", -1),
     }
     explained = {
         "dice": (
@@ -83,6 +91,10 @@ class Segmentation(Task):
         "accuracy": (
             "Pixel accuracy: share of pixels with the right class; high for anyone where one class fills most of the image.",
             "像素准确率：类别正确的像素比例；某一类占据大部分画面时，任何方法都会很高。",
+        ),
+        "hd95": (
+            "HD95, of volumes: 95 % of each surface lies nearer than this to the other one; a class that was missed counts with the diagonal.",
+            "HD95（仅体数据）：两个表面各有 95% 的点到另一表面的距离不超过此值；整类漏检时按体数据的对角线长度计。",
         ),
     }
     baseline_names = {"otsu": ("Otsu's threshold", "Otsu 阈值"), "majority": ("Majority class", "多数类")}
@@ -136,6 +148,8 @@ class Segmentation(Task):
             "mask": tv_tensors.Mask(mask),
             "name": item.name,
         }
+        if self.spec.ndim == 3:
+            sample["spacing"] = self.folder.spacing(item)
         if self.folder.instances and (instances := self.folder.instance_map(item)) is not None:
             sample["instances"] = tv_tensors.Mask(torch.from_numpy(instances.astype(np.int32)))
         return sample
@@ -145,8 +159,21 @@ class Segmentation(Task):
         return recipe.augment(self.sample(item), self.patch(recipe, grid), generator)
 
     def patch(self, recipe: Recipe, grid: Grid) -> tuple[int, ...]:
-        """Height and width of training inputs."""
-        return tuple(grid.fit(min(recipe.patch, length)) for length in self.spec.size)
+        """Height and width of training inputs; of volumes the depth comes first."""
+        sides = window_of(self.spec.size, recipe.patch, self.spec.spacing)
+        return tuple(grid.fit(min(side, length)) for side, length in zip(sides, self.spec.size, strict=True))
+
+    def check(self, spec: Spec) -> None:
+        """Refuse data on which a network built for ``spec`` cannot be measured.
+
+        Raises:
+            InputError: other classes or channels, or images for volumes.
+        """
+        super().check(spec)
+        if self.spec.ndim != spec.ndim:
+            raise InputError(
+                f"{self.source} holds {KINDS[self.spec.ndim]} where the model was trained on {KINDS[spec.ndim]}; give such data"
+            )
 
     @staticmethod
     def loss(output: Output, batch: Batch) -> dict[str, Tensor]:
@@ -166,11 +193,12 @@ class Segmentation(Task):
     def predictor(
         cls, deployed: Callable[[Tensor], Tensor], spec: Spec, grid: Grid, *, window: int = 1024, overlap: float = 0.25
     ) -> Predict:
-        """A function from an image of any size to its probabilities, tiled where it is larger than ``window`` pixels a side."""
+        """A function from an image or volume of any size to its probabilities, tiled where it is larger than the window."""
 
         def predict(image: Tensor) -> Tensor:
+            sides = window_of(tuple(image.shape[1:]), window, spec.spacing)
             with torch.inference_mode():
-                return predict_array(deployed, image, grid, window=window, overlap=overlap)
+                return predict_array(deployed, image, grid, window=sides, overlap=overlap)
 
         return predict
 
@@ -180,13 +208,20 @@ class Segmentation(Task):
 
     def shown(self, sample: Sample) -> dict[str, Picture]:
         """The image, and its labels drawn on it."""
-        image = self.given(sample)
-        return {"input": display(image), "truth": self._overlay(image, sample["mask"].as_subclass(Tensor))}
+        image, mask = self._flat(sample, self.given(sample), sample["mask"].as_subclass(Tensor))
+        return {"input": display(image), "truth": self._overlay(image, mask)}
 
     def drawn(self, sample: Sample, prediction: Tensor) -> dict[str, Picture]:
         """What is wrong, and what was predicted."""
-        image, predicted = self.given(sample), prediction.argmax(0)
-        return {"errors": error_map(image, sample["mask"].as_subclass(Tensor), predicted), "overlay": self._overlay(image, predicted)}
+        image, mask, predicted = self._flat(sample, self.given(sample), sample["mask"].as_subclass(Tensor), prediction.argmax(0))
+        return {"errors": error_map(image, mask, predicted), "overlay": self._overlay(image, predicted)}
+
+    def _flat(self, sample: Sample, *given: Tensor) -> list[Tensor]:
+        """As they are, or slices of volumes: those in which the truth has something."""
+        if self.spec.ndim == 2:
+            return list(given)
+        chosen = places(sample["mask"].as_subclass(Tensor))
+        return [montage(volume.cpu(), chosen) for volume in given]
 
     def legend(self) -> list[dict[str, Any]]:
         """The colours of errors and of the classes."""
@@ -207,14 +242,24 @@ class Segmentation(Task):
         return [item.images[0] for item in items]
 
     @classmethod
+    def accepts(cls, path: Path) -> bool:
+        """Images and NIfTI volumes."""
+        return super().accepts(path) or is_volume(path)
+
+    @classmethod
     def target(cls, name: Path) -> Path:
-        """A mask is a PNG, that of a TIFF a TIFF."""
+        """A mask is a PNG, that of a TIFF a TIFF; labels of a volume are .nii.gz."""
+        if is_volume(name):
+            return name.with_name(f"{stem(name)}.nii.gz")
         return name.with_suffix(".tif" if name.suffix.lower() in masks.TIFF else ".png")
 
     @classmethod
     def predict_file(cls, model: Model, source: Path, target: Path, options: Options) -> None:
-        """Write a mask of class indexes; large TIFF images are read, predicted and written by rows."""
-        masks.predict_file(model, source, target, options)
+        """Write a mask of class indexes; large TIFF images are read, predicted and written by rows, volumes predicted by slabs."""
+        kind = 3 if is_volume(source) else 2
+        if kind != model.spec.ndim:
+            raise InputError(f"{source} is none of the {KINDS[model.spec.ndim]} that the model was trained on; give such files")
+        (volumes if kind == 3 else masks).predict_file(model, source, target, options)
 
     @classmethod
     def plain_batch(cls, network: nn.Module, spec: Spec, *, size: int = 48, batch: int = 2, seed: int = 0) -> Batch:
@@ -264,13 +309,13 @@ class Segmentation(Task):
 
         def otsu(image: Tensor) -> Tensor:
             bright = bright_side(image)
-            return F.one_hot(torch.where(bright, winner[1], winner[0]), classes).permute(2, 0, 1).float()
+            return F.one_hot(torch.where(bright, winner[1], winner[0]), classes).movedim(-1, 0).float()
 
         return otsu
 
 
-def bright_side(image: Float[Tensor, "C H W"]) -> Tensor:
-    """Pixels above Otsu's threshold (the one that maximises the variance between the two sides) of the mean over channels, H W bool."""
+def bright_side(image: Float[Tensor, "C *S"]) -> Bool[Tensor, "*S"]:
+    """Pixels above Otsu's threshold (the one that maximises the variance between the two sides) of the mean over channels."""
     grey = image.mean(0)
     low, high = float(grey.min()), float(grey.max())
     if high <= low:
