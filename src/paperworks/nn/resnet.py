@@ -90,6 +90,7 @@ class ResNet(nn.Module):
     Attributes:
         widths: channels of C2, C3, C4, C5.
         strides: input pixels from one of their cells to the next.
+        embedding: numbers that ``embed`` gives.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class ResNet(nn.Module):
         planes = [width * 2**i for i in range(4)]
         self.widths = tuple(n * block.expansion for n in planes)
         self.strides = (4, 8, 16, 32) if wide else (1, 2, 4, 8)
+        self.embedding = self.widths[-1]
 
         def stage(i: int) -> nn.Sequential:
             first = block(width if i == 0 else self.widths[i - 1], planes[i], 1 if i == 0 else 2, norm)
@@ -135,3 +137,7 @@ class ResNet(nn.Module):
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F h w"]:
         """The last of them, C5."""
         return self.pyramid(image)[-1]
+
+    def embed(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """The mean of C5 over its cells, which a classifier would see."""
+        return self(image).mean((2, 3))

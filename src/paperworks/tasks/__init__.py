@@ -16,6 +16,7 @@ _TASKS = {
     "classification": ("paperworks.tasks.classification", "Classification"),
     "generation": ("paperworks.tasks.generation", "Generation"),
     "detection": ("paperworks.tasks.detection", "Detection"),
+    "representation": ("paperworks.tasks.representation", "Representation"),
 }
 """Task name -> where its contract lives."""
 

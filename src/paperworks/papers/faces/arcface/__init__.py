@@ -1,0 +1,1 @@
+"""ArcFace (Deng et al. 2019): a margin on the angle to the class's centre."""

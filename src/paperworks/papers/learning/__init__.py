@@ -1,0 +1,1 @@
+"""Papers on learning: without labels, from other networks, with few labels."""
