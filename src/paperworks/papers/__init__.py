@@ -16,6 +16,7 @@ from paperworks.errors import InputError
 if TYPE_CHECKING:
     from paperworks.tasks.base import Method, Paper
     from paperworks.tasks.claim import Claim
+    from paperworks.tasks.explain import Explainer
 
 ROOT = Path(__file__).parent
 
@@ -49,6 +50,8 @@ class Card:
     """name -> params (counted with ``channels`` and ``classes``), ndim, about."""
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Inference methods that the paper's module offers to ``predict --with``."""
+    explainers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Ways to show why a network answered as it did that the paper's module offers to ``explain --with``."""
     related: Mapping[str, Any] = field(default_factory=dict)
     verdict_override: Mapping[str, str] = field(default_factory=dict)
 
@@ -102,6 +105,23 @@ def method(name: str) -> Method:
     if name not in offers:
         raise InputError(f"no inference method is called {name!r}; there are: {', '.join(sorted(offers)) or 'none'}")
     return module(offers[name]).METHODS[name]
+
+
+def explainers(task: str) -> dict[str, str]:
+    """Ways to explain the answers of a task's networks, and the paper that offers each."""
+    return {name: entry.id for entry in cards().values() if entry.task == task for name in entry.explainers}
+
+
+def explainer(task: str, name: str) -> Explainer:
+    """A way to explain answers, whichever paper offers it.
+
+    Raises:
+        InputError: no paper offers one of that name for the task.
+    """
+    offers = explainers(task)
+    if name not in offers:
+        raise InputError(f"nothing that explains {task} is called {name!r}; there are: {', '.join(offers) or 'none'}")
+    return module(offers[name]).EXPLAINERS[name]
 
 
 def _read(path: Path) -> Card:
