@@ -240,16 +240,11 @@ def write_film(film: Film, target: Path, frames: Iterable[np.ndarray]) -> None:
     JPEG becomes PNG and a video a TIFF file, so that nothing is lost again. What is written is there whole or not at all.
     """
     if not isinstance(film, FrameFolder):
-        with (
-            atomic(target) as temporary,
-            tifffile.TiffWriter(temporary, bigtiff=len(film) * np.prod(film.shape) * np.dtype(film.dtype).itemsize > 2**31) as file,
-        ):
-            for frame in frames:
-                file.write(
-                    frame.squeeze(2) if frame.shape[2] == 1 else frame,
-                    photometric="rgb" if frame.shape[2] == 3 else "minisblack",
-                    compression="zlib",
-                )
+        shape = (len(film), *_squeezed(film.shape))
+        large = np.prod(shape) * np.dtype(film.dtype).itemsize > 2**31
+        with atomic(target) as temporary, tifffile.TiffWriter(temporary, bigtiff=bool(large)) as file:
+            pages = (frame.reshape(shape[1:]) for frame in frames)
+            file.write(pages, shape=shape, dtype=film.dtype, photometric=_photometric(film.shape), compression="zlib")
     elif film.path.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
@@ -269,15 +264,19 @@ def image_target(name: Path) -> Path:
 
 
 def _write_frame(path: Path, frame: np.ndarray) -> None:
+    plain = frame.reshape(_squeezed(frame.shape))
     if path.suffix.lower() in TIFF_SUFFIXES:
-        tifffile.imwrite(
-            path,
-            frame.squeeze(2) if frame.shape[2] == 1 else frame,
-            photometric="rgb" if frame.shape[2] == 3 else "minisblack",
-            compression="zlib",
-        )
+        tifffile.imwrite(path, plain, photometric=_photometric(frame.shape), compression="zlib")
     else:
-        PIL.Image.fromarray(frame.squeeze(2) if frame.shape[2] == 1 else frame).save(path)
+        PIL.Image.fromarray(plain).save(path)
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if shape[2] == 1 else shape
+
+
+def _photometric(shape: tuple[int, ...]) -> str:
+    return "rgb" if shape[2] == 3 else "minisblack"
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------------------------
@@ -307,15 +306,12 @@ class Settings:
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(said, dict) or (odd := set(said) - known):
             raise InputError(f"{path} has {sorted(odd) if isinstance(said, dict) else 'no object'}; it takes {', '.join(sorted(known))}")
-        kinds = get_args(get_args(cls.__dataclass_fields__["add"].type)[0]) if False else ("gaussian", "poisson")
-        if said.get("add") not in (None, *kinds):
+        needs = {None: None, "gaussian": "sigma", "poisson": "photons"}
+        if said.get("add") not in needs:
             raise InputError(f'{path}: "add" is {said["add"]!r}; write gaussian or poisson')
-        need = {"gaussian": "sigma", "poisson": "photons"}.get(said.get("add") or "", "sigma")
         for key in ("sigma", "photons"):
-            value = said.get(key)
-            if (value is None and said.get("add") and key == need) or (
-                value is not None and not (isinstance(value, int | float) and value > 0)
-            ):
+            value = said.get(key, None if key == needs[said.get("add")] else 1)
+            if not isinstance(value, int | float) or value <= 0:
                 raise InputError(f'{path}: "{key}" must be a number above zero')
         return cls(**said)
 
@@ -421,10 +417,10 @@ class Films:
         clean = unit(self.films[film].frame(index), self.range)
         return self.settings.noisy(clean, self.range[1] - self.range[0], self.names[film], index)
 
-    def window(self, film: int, index: int, radius: int) -> Float[Tensor, "C T H W"]:
-        """A noisy frame between its neighbours; beyond the ends of the film the outermost frame stands again."""
+    def window(self, film: int, index: int, radius: int) -> Float[Tensor, "TC H W"]:
+        """A noisy frame between its neighbours, their channels one after another; beyond the ends of the film the outermost frame stands again."""
         last = len(self.films[film]) - 1
-        return torch.stack([self.noisy(film, min(max(i, 0), last)) for i in range(index - radius, index + radius + 1)], 1)
+        return torch.cat([self.noisy(film, min(max(i, 0), last)) for i in range(index - radius, index + radius + 1)])
 
     def truth(self, film: int, index: int) -> Float[Tensor, "C H W"] | None:
         """The clean frame, if there is one."""
@@ -528,16 +524,16 @@ def grey(image: Float[Tensor, "C H W"], value_range: tuple[float, float], dtype:
     return values.astype(kind)
 
 
-def moving_windows(frames: Iterator[Tensor], radius: int) -> Iterator[Float[Tensor, "C T H W"]]:
+def moving_windows(frames: Iterator[Tensor], radius: int) -> Iterator[Float[Tensor, "TC H W"]]:
     """The window around every frame of a film that is read once from the front; no more than a window is held."""
     held: list[Tensor] = []
     for frame in frames:
         held += [frame] * (1 if held else radius + 1)
         if len(held) == 2 * radius + 1:
-            yield torch.stack(held, 1)
+            yield torch.cat(held)
             held.pop(0)
     for _ in range(radius if held else 0):
         held.append(held[-1])
         if len(held) == 2 * radius + 1:
-            yield torch.stack(held, 1)
+            yield torch.cat(held)
             held.pop(0)

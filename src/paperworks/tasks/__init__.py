@@ -17,6 +17,7 @@ _TASKS = {
     "generation": ("paperworks.tasks.generation", "Generation"),
     "detection": ("paperworks.tasks.detection", "Detection"),
     "representation": ("paperworks.tasks.representation", "Representation"),
+    "restoration": ("paperworks.tasks.restoration", "Restoration"),
 }
 """Task name -> where its contract lives."""
 

@@ -1,19 +1,20 @@
 """Restoration: films and images without their noise.
 
-An item is one frame. Its sample is ``image`` (C T H W: the noisy frame in the middle of T = 5; beyond the ends of a film its outermost
-frame stands again, and an image is a film of one frame), ``name`` and, where the data have it, ``truth`` (C H W, the clean frame). A
-network takes ``image`` and returns ``restored`` (B C H W). Values are 0 at the smallest and 1 at the largest grey value of the films, a
-little beyond where noise was added; they are not normalised further, because the noise is stated in these units (``spec.more["sigma"]``,
-None where nobody knows it). PSNR takes this range for its peak: the usual 255 for films that use all of their eight bits.
+An item is one frame. Its sample is ``image`` (T C H W with the first two as one axis: T = 5 noisy frames, the one in question in the
+middle; beyond the ends of a film its outermost frame stands again, and an image is a film of one frame), ``name`` and, where the data have
+it, ``truth`` (C H W, the clean frame). A network takes ``image`` and returns ``restored`` (B C H W), both normalised by the films' mean and
+standard deviation. Otherwise values are 0 at the smallest and 1 at the largest grey value of the films, a little beyond where noise was
+added; ``spec.more["sigma"]`` is the noise in these units, None where nobody knows it. PSNR takes this range for its peak, which is the usual
+255 for films that use all of their eight bits.
 
 **Training on one noisy film.** The last quarter of each film's frames is held out (``splits.json`` says otherwise). A training window may
 reach into them, so they have been seen as neighbours, but nothing was ever asked about them.
 
 **Judging without truth.** Where there is no clean film, each 25th pixel of the frame is hidden: its place is filled from its four
 neighbours, the film is restored, and what stands there is compared with the noisy value that nobody showed. Noise that is independent
-from pixel to pixel adds the same amount to everybody's error, so that methods come in the order of their true errors, and copying
-earns nothing. ``hidden_psnr`` is this error in decibels; it cannot exceed that of the noise itself, and says little where noise is
-correlated (compressed or demosaicked films).
+from pixel to pixel adds the same amount to everybody's error, so that what is compared is how well a method knows a pixel from all others;
+copying earns nothing. ``hidden_psnr`` is this error in decibels; it cannot exceed that of the noise itself, and says little where noise
+is correlated (compressed or demosaicked films).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from paperworks.data.films import (
 from paperworks.data.images import IMAGE_SUFFIXES
 from paperworks.errors import InputError
 from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of
-from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task, mean_of
+from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task, mean_of, normalise
 from paperworks.tasks.drawing import Picture
 from paperworks.tasks.tiling import predict_array
 
@@ -81,16 +82,18 @@ class FilmAugment:
         for key in {"image", "truth"} & set(sample):
             out[key] = sample[key][..., top : top + patch[0], left : left + patch[1]].flip(axes)
         if flips[2] and self.reverse:
-            out["image"] = out["image"].flip(1)
+            out["image"] = frames_of(out["image"]).flip(0).flatten(0, 1)
         return out
 
 
 class DeployedRestoration(Deployed):
-    """Windows B C T H W in, middle frames B C H W out."""
+    """Windows in, middle frames B C H W out."""
 
     def finish(self, output: Output) -> Tensor:
-        """The restored frames."""
-        return output["restored"]
+        """The restored frames, no longer normalised."""
+        restored = output["restored"]
+        mean, std = (v[: restored.shape[1]].view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return restored * std + mean
 
 
 class RestorationScores:
@@ -154,14 +157,15 @@ class Restoration(Task):
             raise InputError(f"{self.source}: one frame alone cannot be trained on and judged; give more frames")
         if not self.films.truths:
             self.metric = "hidden_psnr"
+        mean, std = normalisation(self.films.mean, self.films.std)
         sides = np.array([film.shape[:2] for film in self.films.films])
         self.spec = Spec(
             task=self.name,
             channels=self.films.channels,
             classes=(),
             size=tuple(int(n) for n in np.median(sides, axis=0)),
-            mean=(0.0,) * self.films.channels,
-            std=(1.0,) * self.films.channels,
+            mean=mean * WINDOW,
+            std=std * WINDOW,
             range=self.films.range,
             more={"sigma": self.films.sigma, "dtype": self.films.dtype},
         )
@@ -221,7 +225,11 @@ class Restoration(Task):
         if min(sides) < 1:
             size = "x".join(map(str, sample["image"].shape[-2:]))
             raise InputError(f"{item.name} is {size} pixels large, too small for this network; take a smaller variant or larger frames")
-        return recipe.augment(sample, sides, generator)
+        out = recipe.augment(sample, sides, generator)
+        if "truth" in out:
+            mean, std = (torch.tensor(v[: self.spec.channels]) for v in (self.spec.mean, self.spec.std))
+            out["truth"] = normalise(out["truth"][None], mean, std)[0]
+        return out
 
     @staticmethod
     def loss(output: Output, batch: Batch) -> dict[str, Tensor]:
@@ -237,14 +245,11 @@ class Restoration(Task):
 
     @classmethod
     def predictor(cls, deployed: Callable[[Tensor], Any], spec: Spec, grid: Grid, *, window: int = 1024, overlap: float = 0.25) -> Predict:
-        """From a window C T H W of any height and width to its middle frame C H W, by tiles where it is larger than ``window``."""
+        """From a window of any height and width to its middle frame C H W, by tiles where it is larger than ``window``."""
 
-        def restore(image: Float[Tensor, "C T H W"]) -> Float[Tensor, "C H W"]:
-            frames = image.shape[1]
+        def restore(image: Float[Tensor, "TC H W"]) -> Float[Tensor, "C H W"]:
             with torch.inference_mode():
-                return predict_array(
-                    lambda x: deployed(x.unflatten(1, (-1, frames))), image.flatten(0, 1), grid, window=window, overlap=overlap
-                )
+                return predict_array(deployed, image, grid, window=window, overlap=overlap)
 
         return restore
 
@@ -278,8 +283,10 @@ class Restoration(Task):
         return {
             "noisy": middle,
             "blur": lambda image: torch.from_numpy(ndimage.gaussian_filter(middle(image).numpy(), (0, 1, 1))),
-            "blur_film": lambda image: middle(torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, 1, 1, 1)))),
-            "temporal_mean": lambda image: image.mean(1),
+            "blur_film": lambda image: middle(
+                torch.from_numpy(ndimage.gaussian_filter(frames_of(image).numpy(), (1, 0, 1, 1))).flatten(0, 1)
+            ),
+            "temporal_mean": lambda image: frames_of(image).mean(0),
             "wiener": wiener,
         }
 
@@ -333,8 +340,8 @@ class Restoration(Task):
             channels=channels,
             classes=(),
             size=size or (64, 64),
-            mean=(0.0,) * channels,
-            std=(1.0,) * channels,
+            mean=(0.5,) * channels * WINDOW,
+            std=(0.25,) * channels * WINDOW,
             more={"sigma": 30 / 255, "dtype": "uint8"},
         )
 
@@ -342,7 +349,7 @@ class Restoration(Task):
     def example(cls, spec: Spec, grid: Grid, *, size: Sequence[int] | None = None, batch: int = 1, seed: int = 0) -> Tensor:
         """A window of noise."""
         sides = [grid.fit(n) for n in size or spec.size]
-        return torch.rand(batch, spec.channels, WINDOW, *sides, generator=torch.Generator().manual_seed(seed))
+        return torch.rand(batch, WINDOW * spec.channels, *sides, generator=torch.Generator().manual_seed(seed))
 
     @classmethod
     def plain_batch(cls, network: nn.Module, spec: Spec, *, size: int = 48, batch: int = 2, seed: int = 0) -> Batch:
@@ -351,8 +358,9 @@ class Restoration(Task):
         side = grid_of(network).fit(size)
         coarse = torch.rand(batch, spec.channels, 4, 4, generator=generator)
         truth = F.interpolate(coarse, (side, side), mode="bilinear", align_corners=True)
-        moving = torch.stack([truth.roll(t - WINDOW // 2, 3) for t in range(WINDOW)], 2)
-        noise = torch.randn(moving.shape, generator=generator) * (spec.more["sigma"] or 0.1)
+        truth = (truth - spec.mean[0]) / spec.std[0]
+        moving = torch.cat([truth.roll(t - WINDOW // 2, 3) for t in range(WINDOW)], 1)
+        noise = torch.randn(moving.shape, generator=generator) * spec.more["sigma"] / spec.std[0]
         return {"image": moving + noise, "truth": truth, "name": [f"noise {i}" for i in range(batch)]}
 
 
@@ -370,14 +378,20 @@ def refuse_other_type(source: str, dtype: str, spec: Spec) -> None:
         raise InputError(f"{source} is {dtype} where the model was trained on {spec.more['dtype']}; give films of the same type")
 
 
-def centre_window(image: Float[Tensor, "B C T H W"], frames: int) -> Float[Tensor, "B C t H W"]:
-    """The frames in the middle."""
-    return image.narrow(2, (image.shape[2] - frames) // 2, frames)
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Channels keep their means and share one standard deviation, so that noise that is alike in all of them stays so."""
+    pooled = max(math.sqrt(sum(s * s for s in std) / len(std)), 1e-4)
+    return mean, (pooled,) * len(std)
 
 
-def middle(image: Float[Tensor, "C T H W"]) -> Float[Tensor, "C H W"]:
+def frames_of(image: Float[Tensor, "*B TC H W"]) -> Float[Tensor, "*B T C H W"]:
+    """A window's frames."""
+    return image.unflatten(-3, (WINDOW, -1))
+
+
+def middle(image: Float[Tensor, "*B TC H W"]) -> Float[Tensor, "*B C H W"]:
     """The frame in question."""
-    return image[:, image.shape[1] // 2]
+    return frames_of(image).select(-4, WINDOW // 2)
 
 
 def hide(sample: Sample) -> Sample:
@@ -392,8 +406,8 @@ def hide(sample: Sample) -> Sample:
     wide = F.pad(noisy[None], (1, 1, 1, 1), mode="replicate")[0]
     around = (wide[:, :-2, 1:-1] + wide[:, 2:, 1:-1] + wide[:, 1:-1, :-2] + wide[:, 1:-1, 2:]) / 4
     filled = torch.where(hidden, around, noisy)
-    frames = [filled if torch.equal(frame, noisy) else frame for frame in image.unbind(1)]
-    return {**sample, "image": torch.stack(frames, 1), "hidden": hidden, "noisy": noisy}
+    frames = [filled if torch.equal(frame, noisy) else frame for frame in frames_of(image)]
+    return {**sample, "image": torch.cat(frames), "hidden": hidden, "noisy": noisy}
 
 
 def noise_level(frame: Float[Tensor, "C H W"]) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from paperworks.papers.restoration.udvd.udvd import EPSILON, UDVD, VARIANTS, Config, likelihood, loss, posterior, recipe, solved
-from paperworks.tasks.restoration import Restoration
+from paperworks.tasks.restoration import Restoration, frames_of, middle
 
 TOLERANCE = 1e-4
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "udvd.json").read_text())
@@ -61,10 +61,10 @@ def relative(ours: torch.Tensor, expected: list[float]) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
-def official_order(image: torch.Tensor, frames: int) -> torch.Tensor:
-    """The official B (T C) H W -> our window of five frames B C T H W, of which the network takes those in the middle."""
-    window = image.unflatten(1, (frames, -1)).transpose(1, 2)
-    return torch.nn.functional.pad(window, (0, 0, 0, 0, (5 - frames) // 2, (5 - frames) // 2))
+def window(image: torch.Tensor, frames: int) -> torch.Tensor:
+    """The official B (T C) H W -> our window of five frames, of which the network takes those in the middle."""
+    around = torch.zeros(len(image), (5 - frames) // 2 * (image.shape[1] // frames), *image.shape[2:])
+    return torch.cat([around, image, around], 1)
 
 
 def small(config: Config | None = None, channels: int = 1, sigma: float | None = 0.1, seed: int = 0) -> UDVD:
@@ -89,13 +89,13 @@ def test_outputs_equal_the_official_network(evidence, name):
     frames, channels = golden["frames"], golden["channels"]
     network = UDVD(channels, None if name == "five_grey" else FIXTURE["sigma"], config).eval()
     fill(network, frames)
-    image = official_order(draw(f"image {frames} {channels}", (2, frames * channels, side, side)), frames)
+    image = window(draw(f"image {frames} {channels}", (2, frames * channels, side, side)), frames)
     with torch.inference_mode():
         out = network(image)
         errors = {"raw": relative(torch.cat([out["mean"], out["triangle"]] if "triangle" in out else [out["mean"]], 1), golden["raw"])}
         if "restored" in golden:
             errors["posterior"] = relative(out["restored"], golden["restored"])
-            value = float(likelihood(out, image[:, :, 2]))
+            value = float(likelihood(out, middle(image)))
             errors["loss"] = abs(value - golden["loss"]) / abs(golden["loss"])
         if config.noise == "estimated":
             errors["sigma"] = relative(out["sigma"], golden["sigma"])
@@ -111,10 +111,10 @@ def test_outputs_equal_the_official_network(evidence, name):
 def touched(network: UDVD, size: tuple[int, int], where: tuple[int, int], key: str = "mean") -> torch.Tensor:
     """Sum over channels of |gradient| of one output pixel by the window, T H W."""
     torch.manual_seed(1)
-    image = torch.randn(1, network.channels, 5, *size, requires_grad=True)
+    image = torch.randn(1, 5 * network.channels, *size, requires_grad=True)
     out = network(image)[key][0, :, where[0], where[1]].sum()
     (gradient,) = torch.autograd.grad(out, image)
-    return gradient[0].abs().sum(0)
+    return frames_of(gradient[0]).abs().sum(1)
 
 
 @pytest.mark.parametrize("size", [(24, 24), (16, 28)])
@@ -177,14 +177,14 @@ def test_turning_the_film_turns_the_result(key):
     with torch.no_grad():
         weight = network.nin_a.weight.unflatten(1, (4, -1)).mean(1, keepdim=True)
         network.nin_a.weight.copy_(weight.expand(-1, 4, -1, -1, -1).flatten(1, 2))
-        image = torch.randn(1, 1, 5, 16, 24)
-        torch.testing.assert_close(network(image.rot90(1, (3, 4)))[key], network(image)[key].rot90(1, (2, 3)), rtol=1e-4, atol=1e-5)
+        image = torch.randn(1, 5, 16, 24)
+        torch.testing.assert_close(network(image.rot90(1, (2, 3)))[key], network(image)[key].rot90(1, (2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_bias_free_network_scales(evidence):
     """No biases: a film that is twice as bright, with noise twice as strong, gives a mean that is twice as bright."""
     network = small().eval()
-    image = torch.rand(1, 1, 5, 24, 24)
+    image = torch.rand(1, 5, 24, 24)
     with torch.inference_mode():
         torch.testing.assert_close(network(3 * image)["mean"], 3 * network(image)["mean"])
     assert not any("bias" in name for name, _ in network.named_parameters())
@@ -240,17 +240,17 @@ def test_elimination_and_determinant():
 def test_loss_asks_for_no_truth_and_every_parameter_learns():
     for config in (VARIANTS["test"], replace(VARIANTS["test"], noise="estimated"), replace(VARIANTS["test"], frames=1)):
         network = small(config, channels=3).train()
-        batch = {"image": torch.rand(2, 3, 5, 16, 16)}
+        batch = {"image": torch.rand(2, 15, 16, 16)}
         loss(network(batch["image"]), batch)["loss"].backward()
         assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in network.parameters())
 
 
 def test_unknown_noise_is_squared_error_without_posterior():
     network = small(sigma=None)
-    batch = {"image": torch.rand(2, 1, 5, 16, 16)}
+    batch = {"image": torch.rand(2, 5, 16, 16)}
     out = network(batch["image"])
     assert set(out) == {"restored", "mean"}
-    torch.testing.assert_close(loss(out, batch)["loss"], (out["mean"] - batch["image"][:, :, 2]).square().mean())
+    torch.testing.assert_close(loss(out, batch)["loss"], (out["mean"] - middle(batch["image"])).square().mean())
 
 
 def test_a_clean_mean_minimises_the_expected_loss(evidence):

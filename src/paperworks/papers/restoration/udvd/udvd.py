@@ -7,11 +7,12 @@ Noise is independent from pixel to pixel and what is filmed is not. A network th
 can therefore be trained on the noisy pixel itself: it cannot learn to copy it, and the best that it can do is the clean value. Where the
 noise level is known, it gives a distribution, and Bayes' rule puts the pixel that was left out back in.
 
-As in the official code (sreyas-mohan/udvd) but for two things. Frames that are no squares: there they are mirrored to squares, which
-puts copies of a pixel where the blind spot does not hide them; here upright and sideways branches run one after the other, which is the
-same on squares and blind everywhere. And squared error is a mean over pixels, not half a sum over them.
+As in the official code (sreyas-mohan/udvd) but for this: frames that are no squares are mirrored to squares there, which puts copies of
+a pixel where the blind spot does not hide them; here upright and sideways branches run one after the other, which is the same on squares and
+blind everywhere. Frames are normalised, as everywhere in this archive, and the noise level with them. Squared error is a mean, not half a sum.
 
-Shapes: B batch, C channels of a frame, T frames of a window, H W height and width, F features, N = C (C + 1) / 2 entries of a triangle.
+Shapes: B batch, T frames of a window, C channels of a frame (TC: all channels of all frames), H W height and width, F G features,
+N = C (C + 1) / 2 entries of a triangle.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.tasks.base import Batch, Grid, Output, Paper, Recipe
-from paperworks.tasks.restoration import FilmAugment, centre_window
+from paperworks.tasks.base import Batch, Grid, Output, Paper, Recipe, Spec
+from paperworks.tasks.restoration import FilmAugment, frames_of, middle
 
 SLOPE = 0.1
 """Of all leaky ReLUs."""
@@ -131,14 +132,15 @@ class UDVD(nn.Module):
         self.nin_b = nn.Conv2d(8 * w, 2 * w, kernel_size=1, bias=False)
         self.nin_c = nn.Conv2d(2 * w, channels + triangle, kernel_size=1, bias=False)
 
-    def forward(self, image: Float[Tensor, "B C T H W"]) -> Output:
+    def forward(self, image: Float[Tensor, "B TC H W"]) -> Output:
         """Denoise the middle frame of each window.
 
         Returns:
             ``restored`` B C H W and ``mean`` B C H W, which has not seen its own pixel of any frame; where the noise level is known or
             estimated also ``triangle`` B N H W and ``sigma`` B, and ``restored`` is the posterior mean.
         """
-        frames = list(centre_window(image, self.frames).unbind(2))
+        frames = list(frames_of(image).unbind(1))
+        frames = frames[(len(frames) - self.frames) // 2 :][: self.frames]
         # Directions that have the same height and width go through together. The order is that of the official weights: 0, 90, 180, 270.
         above, below = self.features([torch.cat([f, turned(f, 2)]) for f in frames]).chunk(2)
         left, right = self.features([torch.cat([turned(f, -1), turned(f, 1)]) for f in frames]).chunk(2)
@@ -231,7 +233,7 @@ def likelihood(output: Output, noisy: Float[Tensor, "B C H W"]) -> Tensor:
 
 def loss(output: Output, batch: Batch) -> dict[str, Tensor]:
     """Against the noisy middle frame; no clean one is asked for."""
-    noisy = centre_window(batch["image"], 1).squeeze(2)
+    noisy = middle(batch["image"])
     error = F.mse_loss(output["mean"], noisy)
     return {"loss": likelihood(output, noisy) if "sigma" in output else error, "blind_error": error}
 
@@ -258,9 +260,15 @@ def recipe(config: Config) -> Recipe:
     return Recipe(optimizer="adam", lr=3e-3, batch_size=4, patch=48, average=0.99, augment=FilmAugment())
 
 
+def build(spec: Spec, config: Config) -> UDVD:
+    """The noise as large as it is in normalised frames."""
+    sigma = spec.more["sigma"]
+    return UDVD(spec.channels, None if sigma is None else sigma / spec.std[0], config)
+
+
 PAPER = Paper(
     variants=VARIANTS,
-    build=lambda spec, config: UDVD(spec.channels, spec.more.get("sigma"), config),
+    build=build,
     recipe=recipe,
     auto=("tiny", "small"),
     loss=lambda config: loss,
