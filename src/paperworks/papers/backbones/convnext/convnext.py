@@ -235,7 +235,7 @@ VARIANTS: Mapping[str, Config | ResNetConfig] = {
 def recipe(config: Config | ResNetConfig) -> Recipe:
     """Table 5 with the learning rate of 4e-3 at a batch of 4096 brought down in proportion; the laptop's own for small images."""
     if config.image_size is None:
-        return Recipe(lr=2e-3, weight_decay=0.05, batch_size=50, average=0.98)
+        return Recipe(lr=2e-3, weight_decay=0.05, batch_size=50, average=0.98, augment=Varied(area=(0.5, 1.0), chance=0, erase=0))
     isotropic = isinstance(config, Config) and len(config.depths) == 1
     return Recipe(
         lr=4e-3 * 128 / 4096, weight_decay=0.05, warmup=(50 if isotropic else 20) / 300, batch_size=128, patch=config.image_size,

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperworks.data.views import View
 from paperworks.tasks.base import Grid, Output, Paper, Recipe
 from paperworks.tasks.classification import image_side
 
@@ -195,7 +196,7 @@ class ViT(nn.Module):
         """Eq. 1: the class token and the patches, with their positions."""
         x = self.patches(image if self.resnet is None else self.resnet(image))
         h, w = x.shape[2:]
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), rearrange(x, "b d h w -> b (h w) d")], 1)
+        tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), rearrange(x, "b d h w -> b (h w) d")], 1)
         return self.dropout(tokens + resized(self.positions, h, w))
 
     def encode(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
@@ -287,10 +288,12 @@ VARIANTS = {
 def recipe(config: Config) -> Recipe:
     """Fine-tuning (table 4), pre-training on ImageNet alone (table 3), learning rates in proportion to the batch; a laptop's own."""
     if config.image_size is None:
-        return Recipe(lr=1e-3, weight_decay=0.1, warmup=0.1, batch_size=50, average=0.98)
+        view = View(area=(0.5, 1.0), jitter_chance=0, grey=0)
+        return Recipe(lr=1e-3, weight_decay=0.1, warmup=0.1, batch_size=50, average=0.98, augment=view)
+    view, side = View(area=(0.05, 1.0), jitter_chance=0, grey=0), config.image_size
     if config.pretraining:
-        return Recipe(lr=3e-3 * 256 / 4096, weight_decay=0.3, warmup=0.1, batch_size=256, patch=config.image_size)
-    return Recipe(optimizer="sgd", lr=0.03 * 64 / 512, warmup=0.025, batch_size=64, patch=config.image_size)
+        return Recipe(lr=3e-3 * 256 / 4096, weight_decay=0.3, warmup=0.1, batch_size=256, patch=side, augment=view)
+    return Recipe(optimizer="sgd", lr=0.03 * 64 / 512, warmup=0.025, batch_size=64, patch=side, augment=view)
 
 
 PAPER = Paper(
