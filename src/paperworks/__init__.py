@@ -11,20 +11,22 @@ from typing import Any
 __version__ = "0.1.0"
 
 _API = {
-    "create": "paperworks.train.api",
-    "fit": "paperworks.train.api",
-    "predict": "paperworks.train.api",
-    "compare": "paperworks.study.compare",
-    "measure": "paperworks.study.measure",
-    "export": "paperworks.export.api",
-    "list": "paperworks.papers",
-    "card": "paperworks.papers",
+    "create": ("paperworks.train.api", "create"),
+    "fit": ("paperworks.train.api", "fit"),
+    "convert": ("paperworks.train.pretrained", "convert"),
+    "predict": ("paperworks.export.predict", "predict"),
+    "to_onnx": ("paperworks.export.onnx", "export_run"),
+    "compare": ("paperworks.study.compare", "compare"),
+    "measure": ("paperworks.study.measure", "measure_subject"),
+    "list": ("paperworks.papers", "cards"),
+    "card": ("paperworks.papers", "card"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _API:
-        return getattr(importlib.import_module(_API[name]), name if name != "list" else "cards")
+        where, what = _API[name]
+        return getattr(importlib.import_module(where), what)
     raise AttributeError(f"module 'paperworks' has no attribute {name!r}")
 
 

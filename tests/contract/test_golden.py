@@ -59,7 +59,8 @@ def test_loss_curve(subject, golden, fill):
     batch = subject.batch(network, channels=2, classes=2, batch=4)
     recipe = subject.paper.recipe(subject.config)
     mean, std = torch.zeros(2), torch.ones(2)  # a plain batch is normalised
-    learner = Learner(network, subject.task, subject.loss, recipe, mean, std, build_optimizer(network, recipe), average=None, seed=0)
+    spec = subject.spec(channels=2, classes=2)
+    learner = Learner(network, subject.task, subject.loss, recipe, spec, mean, std, build_optimizer(network, recipe), average=None, seed=0)
     losses = [float(learner.step(Backward, dict(batch), step, STEPS)["loss"]) for step in range(STEPS)]
     assert min(losses[1:]) < losses[0], "twenty steps on four samples taught nothing"
     golden("losses", losses, tolerance=1e-3)

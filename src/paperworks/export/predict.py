@@ -76,3 +76,18 @@ def predict_files(
         InputError: an input is missing or broken, or the task cannot do what is asked. What was written before stays.
     """
     return task(model.spec.task).predict_files(model, inputs, out, options or Options(), progress=progress)
+
+
+def predict(model: str | Path, inputs: Sequence[str | Path], out: str | Path, **options: Any) -> list[Path]:
+    """Predict files with a run folder or an exported file; ``paperworks predict`` for Python.
+
+    Args:
+        model: a run folder or an ``.onnx`` file.
+        inputs: files and folders.
+        out: where the predictions go.
+        **options: fields of ``tasks.contract.Options``.
+
+    Returns:
+        The files that were written.
+    """
+    return predict_files(load_model(model), inputs, out, Options(**options))

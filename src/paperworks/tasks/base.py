@@ -137,9 +137,11 @@ class Published:
 
     source: str
     """Key of ``SOURCES``."""
-    repo: str
-    """On the Hugging Face hub."""
     licence: str
+    repo: str = ""
+    """On the Hugging Face hub."""
+    url: str = ""
+    """Instead of a repository: a file of a state dict."""
     file: str = "model.safetensors"
     channels: int = 3
     classes: int = 1000

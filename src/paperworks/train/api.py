@@ -15,6 +15,7 @@ from paperworks.tasks.contract import Task
 from paperworks.train.budget import Budget, parse_duration
 from paperworks.train.engine import Listener, Positions, bare, make_fabric, make_learner, probe
 from paperworks.train.engine import fit as train
+from paperworks.train.pretrained import load_pretrained, pretrained_spec, published
 from paperworks.train.run import Request, Run, configure
 
 SEEN_ENOUGH = 20
@@ -22,17 +23,28 @@ SEEN_ENOUGH = 20
 
 
 def create(
-    name: str, *, variant: str, channels: int = 3, classes: int = 2, size: tuple[int, ...] | None = None, **settings: Any
+    name: str,
+    *,
+    variant: str,
+    channels: int = 3,
+    classes: int | None = None,
+    size: tuple[int, ...] | None = None,
+    pretrained: bool = False,
+    **settings: Any,
 ) -> nn.Module:
-    """Build a paper's network with fresh weights.
+    """Build a paper's network with fresh or published weights.
 
     Args:
         name: the paper's id.
         variant: one of the paper's named variants.
         channels: of the images.
-        classes: how many; the background counts.
+        classes: how many; the background counts. Default: 2, or those of the published weights.
         size: a typical height and width (depth first for volumes), for networks that ask for it.
+        pretrained: start from the published weights, which are fetched once. Where the classes differ the head is fresh.
         **settings: fields of the paper's configuration.
+
+    Raises:
+        InputError: there is no such paper, variant or setting, or there are no published weights.
 
     Example:
         >>> import paperworks
@@ -40,7 +52,12 @@ def create(
     """
     paper, config, _ = configure(name, variant, settings)
     ndim = getattr(config, "ndim", 2)
-    return paper.build(task(papers.card(name).task).plain_spec(channels, classes, ndim, size or (256,) * ndim), config)
+    classes = classes or (published(name, variant).classes if pretrained else 2)
+    spec = task(papers.card(name).task).plain_spec(channels, classes, ndim, size or (256,) * ndim)
+    network = paper.build(pretrained_spec(name, variant, spec) if pretrained else spec, config)
+    if pretrained:
+        load_pretrained(network, name, variant, classes, settings)
+    return network
 
 
 def fit(
@@ -59,6 +76,7 @@ def fit(
     nodes: int = 1,
     precision: str = "auto",
     limit: int | None = None,
+    pretrained: bool = False,
     opened: Task | None = None,
     listener: Listener | None = None,
     settings: dict[str, Any] | None = None,
@@ -80,6 +98,7 @@ def fit(
         nodes: machines, under torchrun or SLURM.
         precision: ``auto``, ``fp32`` or ``bf16``.
         limit: train on the first so many items only.
+        pretrained: start from the published weights; needs a variant that has some.
         opened: the data set, when the caller has opened it already.
         listener: is told of each step.
         settings: fields of configuration and recipe to change.
@@ -100,6 +119,7 @@ def fit(
         budget={"seconds": asked.seconds, "steps": asked.steps, "epochs": asked.epochs},
         seed=seed,
         limit=limit,
+        pretrained=pretrained,
         precision=precision,
         devices=devices,
         nodes=nodes,
@@ -118,11 +138,12 @@ def choose_variant(name: str, data: Task, budget: Budget, settings: dict[str, An
         raise InputError(f"{name} has no variants to choose from by itself; name one with --variant")
     if budget.seconds is None:
         return candidates[0]
-    fabric = make_fabric(Request(paper=name, data="", variant=candidates[0], budget={"steps": 1}, seed=seed))
+    request = Request(paper=name, data="", variant=candidates[0], budget={"steps": 1}, seed=seed)
+    fabric = make_fabric(request)
     chosen = candidates[0]
     for variant in candidates:
         paper, config, recipe = configure(name, variant, settings)
-        learner = make_learner(fabric, paper, config, recipe, data, seed)
+        learner = make_learner(fabric, request, paper, config, recipe, data, data.spec)
         prepare = paper.prepare(config) if paper.prepare else None
         dataset = Positions(data, recipe, grid_of(bare(learner.network)), prepare, seed, None)
         seconds = probe(fabric, learner, dataset, steps=4)

@@ -27,10 +27,11 @@ from paperworks import __version__, papers
 from paperworks.errors import InputError
 from paperworks.files import atomic, occupied, sweep
 from paperworks.tasks import task
-from paperworks.tasks.base import Batch, Grid, Loss, Paper, Recipe, Sample, grid_of
+from paperworks.tasks.base import Batch, Grid, Loss, Paper, Recipe, Sample, Spec, grid_of
 from paperworks.tasks.contract import Predict, Task, channels_last, normalise
 from paperworks.tasks.environment import hardware, versions
 from paperworks.train.budget import Budget, Plan, plan
+from paperworks.train.pretrained import load_pretrained, pretrained_spec
 from paperworks.train.run import FORMAT, Request, Run, check_state, configure, save_weights
 
 log = logging.getLogger("paperworks")
@@ -107,6 +108,8 @@ class Learner:
     task: type[Task]
     loss: Loss
     recipe: Recipe
+    spec: Spec
+    """What the network was built for."""
     mean: Tensor
     std: Tensor
     optimizer: torch.optim.Optimizer
@@ -295,7 +298,7 @@ def _open_run(request: Request, out: Path, data: Task, resume: bool) -> Run:
         "format": FORMAT,
         "request": asked,
         "state": "running",
-        "spec": asdict(data.spec),
+        "spec": asdict(pretrained_spec(request.paper, request.variant, data.spec) if request.pretrained else data.spec),
         "data": {
             "source": str(request.data),
             "sha256": data.sha256,
@@ -315,7 +318,7 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
     request = run.request
     started = time.perf_counter()
     paper, config, recipe = configure(request.paper, request.variant, request.settings)
-    learner = make_learner(fabric, paper, config, recipe, data, request.seed)
+    learner = make_learner(fabric, request, paper, config, recipe, data, run.spec)
     grid = grid_of(bare(learner.network))
     dataset = Positions(data, recipe, grid, paper.prepare(config) if paper.prepare else None, request.seed, request.limit)
     world, rank = fabric.world_size, fabric.global_rank
@@ -411,19 +414,23 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
     return run
 
 
-def make_learner(fabric: Any, paper: Paper, config: Any, recipe: Recipe, data: Task, seed: int) -> Learner:
-    """Build network and optimiser on Fabric's device, initialised from the seed."""
-    torch.manual_seed(seed)
-    network = paper.build(data.spec, config)
-    network = network.to(memory_format=torch.channels_last if data.spec.ndim == 2 else torch.channels_last_3d)
+def make_learner(fabric: Any, request: Request, paper: Paper, config: Any, recipe: Recipe, data: Task, spec: Spec) -> Learner:
+    """Build network and optimiser on Fabric's device, initialised from the seed or with the published weights."""
+    torch.manual_seed(request.seed)
+    network = paper.build(spec, config)
+    if request.pretrained:
+        load_pretrained(network, request.paper, request.variant, len(spec.classes), request.settings)
+    network = network.to(memory_format=torch.channels_last if spec.ndim == 2 else torch.channels_last_3d)
     optimizer = build_optimizer(network, recipe)
     average = {k: v.clone() for k, v in network.state_dict().items()} if recipe.average else None
     network, optimizer = fabric.setup(network, optimizer)
     device = fabric.device
     if average:
         average = {k: v.to(device) for k, v in average.items()}
-    mean, std = (torch.tensor(v, device=device) for v in (data.spec.mean, data.spec.std))
-    return Learner(network, type(data), paper.loss(config) if paper.loss else data.loss, recipe, mean, std, optimizer, average, seed)
+    mean, std = (torch.tensor(v, device=device) for v in (spec.mean, spec.std))
+    return Learner(
+        network, type(data), paper.loss(config) if paper.loss else data.loss, recipe, spec, mean, std, optimizer, average, request.seed
+    )
 
 
 def probe(fabric: Any, learner: Learner, dataset: Positions, world: int = 1, rank: int = 0, steps: int = PROBE_STEPS) -> float:
@@ -464,8 +471,8 @@ def _look(learner: Learner, data: Task, *, limit: int | None = None, pictures: P
 
 
 def _predictor(learner: Learner, network: nn.Module, data: Task) -> Predict:
-    deployed = data.deploy(network, data.spec).to(learner.mean.device).eval()
-    return data.predictor(lambda given: deployed(given.to(learner.mean.device)), data.spec, grid_of(network))
+    deployed = data.deploy(network, learner.spec).to(learner.mean.device).eval()
+    return data.predictor(lambda given: deployed(given.to(learner.mean.device)), learner.spec, grid_of(network))
 
 
 def _draw(learner: Learner, data: Task, path: Path) -> None:

@@ -38,6 +38,8 @@ class Request:
     seed: int = 0
     limit: int | None = None
     """Train on the first so many items only."""
+    pretrained: bool = False
+    """Start from the published weights."""
     precision: str = "auto"
     devices: int = 1
     nodes: int = 1

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from paperworks.papers.segmentation.deeplab_crf.deeplab_crf import VARIANTS, Config
+from paperworks.tasks.base import Published
 
 CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """Indices in torchvision's ``features``, stage by stage."""
 
 
 def from_torchvision(state: Mapping[str, Tensor], config: Config = VARIANTS["largefov"]) -> dict[str, Tensor]:
-    """Our names for the state dict of ``torchvision.models.vgg16``: load with ``strict=False``.
+    """Our names for the state dict of ``torchvision.models.vgg16``; the rest of the network stays as it is.
 
     The fully connected layers become convolutions. fc6 is a 7x7 filter; smaller ones keep every second or third of its rows and
     columns, narrower ones every n-th feature (section 3.2; which features the authors kept is not stated).
@@ -36,3 +37,13 @@ def from_torchvision(state: Mapping[str, Tensor], config: Config = VARIANTS["lar
     out["fc7.0.weight"] = state["classifier.3.weight"][keep][:, keep, None, None]
     out["fc7.0.bias"] = state["classifier.3.bias"][keep]
     return out
+
+
+SOURCES = {"torchvision": from_torchvision}
+VGG16 = Published(
+    source="torchvision",
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
+    licence="BSD-3-Clause (torchvision); trained on ImageNet, whose own terms are for research",
+)
+"""Nothing is published for fc8: its 1000 classes are those of a layer that the paper throws away."""
+PUBLISHED = {"largefov": VGG16, "msc_largefov": VGG16}
