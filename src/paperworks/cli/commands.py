@@ -311,6 +311,57 @@ def predict(
 
 
 @app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="Run folder of a paper on generation.", metavar="RUN")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the images.")],
+    n: Annotated[int, typer.Option("--n", help="How many images; 0 with --interpolate alone.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same images.")] = 0,
+    interpolate: Annotated[
+        tuple[Path, Path] | None, typer.Option("--interpolate", help="Two images; the way between them is drawn.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Images on that way, its ends among them.")] = 9,
+    against: Annotated[str | None, typer.Option("--against", help="Data to measure the Frechet distance of the samples to.")] = None,
+) -> None:
+    """Draw new images from a trained network, and the way from one image to another.
+
+    Examples: paperworks sample runs/vae --n 64 --out samples;
+    paperworks sample runs/vae --n 0 --interpolate a.png b.png --out between
+    """
+    from paperworks.export.sample import sample_files
+
+    data = _open("generation", against) if against else None
+    written = sample_files(run, out, n=n, seed=seed, interpolate=interpolate, steps=steps, against=data)
+    for path in written:
+        if path.parent == out:
+            print(path)
+
+
+@app.command()
+def explain(
+    run: Annotated[str, typer.Argument(help="A run folder.", metavar="RUN")],
+    inputs: Annotated[list[Path], typer.Argument(help="Images or folders of images.", metavar="INPUT...")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")],
+    name: Annotated[str | None, typer.Option("--with", help="What explains; default: the first that a paper offers for the task.")] = None,
+    settings: Set = None,
+    classes: Annotated[str, typer.Option("--classes", help="Classes to explain, separated by commas; default: the most probable.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Show where in an image a trained network sees what it says.
+
+    Example: paperworks explain runs/convnext ./photos --out why --classes cat,dog
+    """
+    from paperworks.cli.progress import counting
+    from paperworks.export.explain import explain_files
+
+    asked = [c.strip() for c in classes.split(",") if c.strip()]
+    with counting("explaining") as progress:
+        found = explain_files(run, inputs, out, name=name, settings=_settings(settings), classes=asked, progress=progress)
+    if as_json:
+        return _print_json(found)
+    print(f"{len(found)} {'picture' if len(found) == 1 else 'pictures'} in {out}")
+
+
+@app.command()
 def compare(
     data: Data,
     names: Annotated[str, typer.Option("--papers", help="Ids of papers of one task, separated by commas.")],
