@@ -242,7 +242,7 @@ def test_out_is_a_file(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_masks_would_overwrite_images(run: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(blobs / "images", tmp_path / "images")
     before = {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir()}
-    refused(capsys, ["predict", str(run), str(tmp_path / "images"), "--out", str(tmp_path / "images")], "image itself")
+    refused(capsys, ["predict", str(run), str(tmp_path / "images"), "--out", str(tmp_path / "images")], "the input itself")
     assert {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir()} == before
 
 

@@ -76,13 +76,13 @@ def test_run_and_export_agree(run: Path, exported: Path, blobs: Path, tmp_path: 
 
 def test_predict_large_tiff_by_rows(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The streamed path gives what the path in memory gives."""
-    from paperworks.export import predict
+    from paperworks.tasks import masks
 
     noise = np.random.default_rng(0).integers(0, 255, (300, 170), dtype=np.uint8)
     tifffile.imwrite(tmp_path / "large.tif", noise)
     options = ["--window", "64", "--probabilities"]
     assert main(["predict", str(run), str(tmp_path / "large.tif"), "--out", str(tmp_path / "a"), *options]) == 0
-    monkeypatch.setattr(predict, "STREAMED", 1000)
+    monkeypatch.setattr(masks, "STREAMED", 1000)
     assert main(["predict", str(run), str(tmp_path / "large.tif"), "--out", str(tmp_path / "b"), *options]) == 0
     a, b = (tifffile.imread(tmp_path / out / "large.tif") for out in "ab")
     assert a.shape == noise.shape and (a == b).all()
