@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from paperworks.nn.conv import he_init
-from paperworks.papers.segmentation.unetpp.unetpp import VARIANTS, Config, UNetPlusPlus, deep_loss, hybrid_loss
+from paperworks.papers.segmentation.unetpp.unetpp import VARIANTS, Config, UNetPlusPlus, deep_loss, hybrid_loss, region_loss
 
 TOLERANCE = 1e-4
 
@@ -206,6 +206,23 @@ def test_hybrid_loss_is_the_printed_sum(evidence):
     perfect = torch.stack(hybrid_loss(100 * y, target))
     torch.testing.assert_close(perfect, torch.tensor([0.0, -1.0]))
     evidence.property("the hybrid loss is eq. 3 as printed, -1 at its best, and is summed over the heads")
+
+
+def test_the_first_version_balances_regions(evidence):
+    """Twice as many background pixels change the cross-entropy only; a perfect answer costs -1."""
+    torch.manual_seed(0)
+    target = torch.zeros(1, 8, 8, dtype=torch.long)
+    target[:, :2, :2] = 1
+    y = F.one_hot(target, 2).movedim(-1, 1).float()
+    entropy, dice = region_loss(100 * y, target)
+    assert entropy < 1e-6 and abs(float(dice) + 1) < 1e-6
+    empty = torch.stack((torch.full((1, 8, 8), 50.0), torch.zeros(1, 8, 8)), 1)  # says background everywhere
+    assert float(region_loss(empty, target)[1]) == pytest.approx(-1 / 5, abs=1e-4)  # (0 + 1) / (0 + 4 + 1)
+    larger = F.pad(target, (0, 8)), F.pad(empty, (0, 8), value=0.0)
+    larger[1][:, 0, :, 8:] = 50.0
+    torch.testing.assert_close(region_loss(larger[1], larger[0])[1], region_loss(empty, target)[1])
+    assert hybrid_loss(larger[1], larger[0])[1] < hybrid_loss(empty, target)[1] - 0.01, "pixel by pixel it does not"
+    evidence.property("the first version's loss balances regions, the journal's does not")
 
 
 def test_loss_leaves_ignored_pixels_out():

@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paperworks.nn.conv import LAYERS, he_init
 from paperworks.tasks.base import Batch, Grid, Output, Paper, Recipe
-from paperworks.tasks.segmentation import IGNORE
+from paperworks.tasks.segmentation import IGNORE, soft_dice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Config:
     """Batch normalisation after each convolution."""
     dropout: float = 0.5
     """Rate after each convolution."""
+    regions: bool = False
+    """Train on the loss of the first version, whose Dice is that of whole regions; the journal's is a sum over single pixels."""
 
 
 class H(nn.Sequential):
@@ -138,17 +142,27 @@ def hybrid_loss(logits: Float[Tensor, "B K *S"], target: Int[Tensor, "B ..."]) -
     return -(log_p * valid).sum() / pixels, -(2 * p / (1 + p**2) * valid).sum() / pixels
 
 
-def deep_loss(output: Output, batch: Batch) -> dict[str, Tensor]:
-    """Sum of the hybrid loss over the heads (eq. 4, all weights eta = 1), and its two terms."""
-    terms = torch.stack([torch.stack(hybrid_loss(head, batch["mask"])) for head in output["heads"]]).sum(0)
+def region_loss(logits: Float[Tensor, "B K *S"], target: Int[Tensor, "B ..."]) -> tuple[Tensor, Tensor]:
+    """The two terms of the first version's loss (DLMIA paper, eq. 3): half the cross-entropy, less the soft Dice over the batch.
+
+    The Dice of K classes is the mean of those but the background. A perfect answer costs 0 - 1 = -1 as well.
+    """
+    probabilities = logits.float().softmax(1)
+    return F.cross_entropy(logits.float(), target, ignore_index=IGNORE) / 2, -soft_dice(probabilities, target)
+
+
+def deep_loss(output: Output, batch: Batch, regions: bool = False) -> dict[str, Tensor]:
+    """Sum over the heads (eq. 4, all weights eta = 1) of the hybrid loss or of the first version's, and its two terms."""
+    one = region_loss if regions else hybrid_loss
+    terms = torch.stack([torch.stack(one(head, batch["mask"])) for head in output["heads"]]).sum(0)
     return {"loss": terms.sum(), "cross_entropy": terms[0], "dice": terms[1]}
 
 
 VARIANTS = {
     "paper": Config(),
-    "norm": Config(norm=True, dropout=0.0),
-    "small": Config(widths=(16, 32, 64, 128, 256), norm=True, dropout=0.0),
-    "tiny": Config(widths=(8, 16, 32, 64, 128), norm=True, dropout=0.0),
+    "norm": Config(norm=True, dropout=0.0, regions=True),
+    "small": Config(widths=(16, 32, 64, 128, 256), norm=True, dropout=0.0, regions=True),
+    "tiny": Config(widths=(8, 16, 32, 64, 128), norm=True, dropout=0.0, regions=True),
     "test": Config(widths=(2, 4, 4, 8, 8), norm=True, dropout=0.0),
 }
 
@@ -166,5 +180,5 @@ PAPER = Paper(
     build=lambda spec, config: UNetPlusPlus(spec.channels, len(spec.classes), config, spec.ndim),
     recipe=recipe,
     auto=("tiny", "small", "norm"),
-    loss=lambda config: deep_loss,
+    loss=lambda config: partial(deep_loss, regions=config.regions),
 )
