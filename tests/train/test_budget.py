@@ -35,3 +35,12 @@ def test_plans() -> None:
     assert timed.steps == (100 - 10 - 8) / 0.5
     slow_look = plan(Budget(seconds=100), samples=10, batch=4, step=0.5, validation=30, spent=0)
     assert slow_look.steps == (100 - 30) / 0.5, "at least one look, whatever it costs"
+
+
+def test_large_images_are_not_seen_by_their_crops(blobs) -> None:
+    """A crop of half the side shows a quarter of an image of 48 x 48."""
+    from paperworks.tasks.base import Recipe
+    from paperworks.tasks.segmentation import Segmentation
+
+    data = Segmentation(blobs)
+    assert data.share_shown(Recipe(patch=24)) == 0.25 and data.share_shown(Recipe(patch=256)) == 1

@@ -222,6 +222,10 @@ class Task(ABC):
     def training_sample(self, item: Any, recipe: Recipe, grid: Grid, generator: torch.Generator) -> Sample:
         """One augmented example of a size that the network takes."""
 
+    def share_shown(self, recipe: Recipe) -> float:
+        """Share of an item that one training sample shows, about: how often the data were seen is counted with it."""
+        return 1.0
+
     @staticmethod
     def collate(samples: list[Sample]) -> Batch:
         """Tensors are stacked; everything else becomes a list."""

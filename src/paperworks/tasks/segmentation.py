@@ -10,6 +10,7 @@ most, and so has a ``window``, with sides of equal length in millimetres.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,11 @@ class Segmentation(Task):
         """Height and width of training inputs; of volumes the depth comes first."""
         sides = window_of(self.spec.size, recipe.patch, self.spec.spacing)
         return tuple(grid.fit(min(side, length)) for side, length in zip(sides, self.spec.size, strict=True))
+
+    def share_shown(self, recipe: Recipe) -> float:
+        """Pixels of a training crop over those of an image of median size."""
+        sides = window_of(self.spec.size, recipe.patch, self.spec.spacing)
+        return math.prod(min(side, length) / length for side, length in zip(sides, self.spec.size, strict=True))
 
     def check(self, spec: Spec) -> None:
         """Refuse data on which a network built for ``spec`` cannot be measured.

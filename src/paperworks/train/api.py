@@ -147,7 +147,7 @@ def choose_variant(name: str, data: Task, budget: Budget, settings: dict[str, An
         prepare = paper.prepare(config) if paper.prepare else None
         dataset = Positions(data, recipe, grid_of(bare(learner.network)), prepare, seed, None)
         seconds = probe(fabric, learner, dataset, steps=4)
-        seen = budget.seconds / seconds * recipe.batch_size / len(data.train)
+        seen = budget.seconds / seconds * recipe.batch_size / len(data.train) * data.share_shown(recipe)
         if variant != chosen and seen < SEEN_ENOUGH:
             break
         chosen = variant
