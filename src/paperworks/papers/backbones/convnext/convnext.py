@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Figure 3's last bar.
+    """Where the roadmap of figure 2 ends.
 
     Attributes:
         widths: channels of the stages' outputs.
@@ -193,6 +193,8 @@ class Varied:
 
     area: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image that is cut out."""
+    flip: float = 0.5
+    """Chance of a mirror image."""
     magnitude: int = 9
     """Of RandAugment's operations, of 10. Officially it varies by a standard deviation of 0.5 as well."""
     chance: float = 0.5
@@ -205,7 +207,10 @@ class Varied:
         image = sample["image"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            steps = [v2.RandomResizedCrop(tuple(patch), self.area, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
+            steps = [
+                v2.RandomResizedCrop(tuple(patch), self.area, interpolation=v2.InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(self.flip),
+            ]
             if len(image) in (1, 3):  # RandAugment's colours
                 operations = int((torch.rand(2) < self.chance).sum())
                 steps.append(v2.RandAugment(operations, self.magnitude, num_magnitude_bins=11))
