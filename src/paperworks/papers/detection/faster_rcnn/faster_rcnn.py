@@ -35,6 +35,8 @@ from paperworks.tasks.base import Batch, Grid, Loss, Output, Paper, Recipe
 
 HEAD_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 """Fast R-CNN's targets have the standard deviations 0.1, 0.1, 0.2, 0.2 and are divided by them; the RPN's are left alone."""
+CHOICE = Selection(score=0.05, iou=0.3, candidates=300)
+"""py-faster-rcnn's."""
 NORMS = {"batch": nn.BatchNorm2d, "frozen": functools.partial(FrozenBatchNorm2d, eps=0.0)}
 
 
@@ -84,7 +86,7 @@ class Config:
     dropout: float = 0.5
     align: bool = False
     """RoIAlign in the place of RoI pooling."""
-    selection: Selection = Selection(score=0.05, iou=0.3, candidates=300)
+    selection: Selection = CHOICE
 
 
 # --- Regions ---------------------------------------------------------------------------------------------------------------------------

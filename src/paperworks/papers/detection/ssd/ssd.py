@@ -55,6 +55,7 @@ _FOUR = (
     Layer(squeeze=128, out=256, stride=1, padding=0),
     Layer(squeeze=128, out=256, stride=1, padding=0),
 )
+_CHOICE = Selection(score=0.01, iou=0.45, candidates=400, keep=200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class Config:
     """All the shapes on fc7 alone (table 3)."""
     negatives: float = 3.0
     """Negatives for each positive, the hardest ones; inf takes all."""
-    selection: Selection = Selection(score=0.01, iou=0.45, candidates=400, keep=200)
+    selection: Selection = _CHOICE
 
 
 def default_shapes(config: Config) -> list[Float[Tensor, "_ 4"]]:
