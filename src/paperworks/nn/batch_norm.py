@@ -23,9 +23,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Normalise."""
-        splits = next(n for n in range(self.splits, 0, -1) if input.shape[0] % n == 0)
-        if not self.training or splits == 1:
+        if not self.training:
             return super().forward(input)
+        splits = next(n for n in range(self.splits, 0, -1) if input.shape[0] % n == 0)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None and self.momentum
         mean, var, weight, bias = (v.repeat(splits) for v in (self.running_mean, self.running_var, self.weight, self.bias))
         parts = input.reshape(-1, splits * input.shape[1], *input.shape[2:])  # a part is a stretch of channels

@@ -129,6 +129,8 @@ def nearest_vote(bank: Float[Tensor, "M F"], label: Int[Tensor, " M"], x: Float[
     return votes.scatter_add_(1, label[nearest], (similar / SHARPNESS).exp()).argmax(1)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def linear_probe(bank: Float[Tensor, "M F"], label: Int[Tensor, " M"], x: Float[Tensor, "N F"]) -> Int[Tensor, " N"]:
     """Logistic regression on standardised embeddings, fitted to the end with a little weight decay; there is no chance in it."""
     mean, std = bank.mean(0), bank.std(0).clamp_min(1e-6)
@@ -142,8 +144,7 @@ def linear_probe(bank: Float[Tensor, "M F"], label: Int[Tensor, " M"], x: Float[
         value.backward()
         return value
 
-    with torch.inference_mode(False), torch.enable_grad():
-        optimizer.step(objective)
+    optimizer.step(objective)
     return (x @ weight[:-1] + weight[-1]).argmax(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, cast
 
 from torch import nn
@@ -34,9 +35,9 @@ def encoder(name: str, spec: Spec, *, stem: Stem, width: int, zero_init_residual
     known = papers.paper(paper).variants
     if variant not in known:
         raise InputError(f"backbone={name} names no variant of {paper}; write one of {', '.join(f'{paper}/{v}' for v in known)}")
-    network = papers.paper(paper).build(spec, known[variant])
+    network = papers.paper(paper).build(replace(spec, classes=("any", "other")), known[variant])
     if not hasattr(network, "embed"):
         raise InputError(f"backbone={name} has no embedding; take a ResNet or a paper on classification")
     for parameter in network.head_parameters():  # pyright: ignore[reportCallIssue]
-        parameter.requires_grad_(False)  # its classifier has no part in this
+        parameter.requires_grad_(False)  # its classifier, for two classes as good as any, has no part in this
     return network

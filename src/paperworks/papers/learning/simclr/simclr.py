@@ -78,10 +78,12 @@ class SimCLR(nn.Module):
         Returns:
             ``embedding`` N F, h, which is what one keeps, ``projection`` N C, z, and, where there is a ``view``, ``projected_view`` N C.
         """
-        views = image if view is None else torch.cat([image, view])
-        h: Tensor = self.encoder.embed(views)  # pyright: ignore[reportCallIssue]
-        names = ("projection", "projected_view")
-        return {"embedding": h[: len(image)], **dict(zip(names, self.head(h).split(len(image))))}
+        h: Tensor = self.encoder.embed(image if view is None else torch.cat([image, view]))  # pyright: ignore[reportCallIssue]
+        z = self.head(h)
+        if view is None:
+            return {"embedding": h, "projection": z}
+        n = len(image)
+        return {"embedding": h[:n], "projection": z[:n], "projected_view": z[n:]}
 
 
 def nt_xent(z: Float[Tensor, "N C"], z_view: Float[Tensor, "N C"], temperature: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""ReviewKD: knowledge distillation by review."""
