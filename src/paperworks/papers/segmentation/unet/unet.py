@@ -196,7 +196,7 @@ def recipe(config: Config) -> Recipe:
         return Recipe(optimizer="sgd", lr=1e-3, momentum=0.99, schedule="constant", batch_size=1, patch=388, augment=augment)
     if config.norm:
         lr = 3e-3 if config.widths[0] <= 16 else 1e-3
-        return Recipe(lr=lr, weight_decay=1e-2, batch_size=8, average=0.99)
+        return Recipe(lr=lr, weight_decay=1e-2, batch_size=8, patch=128, average=0.99)  # small crops: four times the steps
     return Recipe(lr=3e-4, batch_size=8, average=0.99)
 
 
