@@ -227,8 +227,8 @@ def test_files_of_many_images_become_one_coco_file(data, discs, tmp_path):
         (1, [8.0, 6.0, 16.0, 24.0], 0.9),
         (2, [32.0, 0.0, 32.0, 48.0], 0.6),
     ]
-    picture = np.array(Image.open(tmp_path / "out" / "im00.overlay.png"))
-    assert picture.ndim == 3 and min(picture.shape[:2]) >= 48
+    with Image.open(tmp_path / "out" / "im00.overlay.png") as picture:
+        assert picture.mode == "RGB" and min(picture.size) >= 48
     again = tmp_path / "again"  # what was written can be read as a data set
     again.mkdir()
     (again / "images").symlink_to(discs / "images")
@@ -278,5 +278,6 @@ def test_pictures(data, tmp_path):
     right = {tuple(c) for c in drawn["errors"].reshape(-1, 3)}
     assert (0, 130, 255) not in right and (230, 159, 0) not in right and (255, 255, 255) in right
     data.picture(lambda image: found([]), data.val[:2], tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size[0] > 900
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 900
     assert all({"colour", "en", "zh"} <= set(entry) for entry in data.legend())

@@ -139,12 +139,12 @@ def test_losses_equal_torchvisions(evidence, pair):
     torch.manual_seed(5)  # the same anchors and regions are drawn
     found = multi_task_loss(ours.config)(ours(image, boxes, labels), {})
     names = {"rpn_cls": "loss_objectness", "rpn_reg": "loss_rpn_box_reg", "head_cls": "loss_classifier", "head_reg": "loss_box_reg"}
-    errors = {key: abs(float(found[key] - expected[name])) / float(expected[name]) for key, name in names.items()}
-    assert all(float(expected[name]) > 1e-3 for name in names.values())
+    errors = {key: relative(found[key].detach(), expected[name].detach()) for key, name in names.items()}
+    assert all(expected[name].detach() > 1e-3 for name in names.values())
     assert max(errors.values()) < 1e-4, errors
     torch.manual_seed(6)  # others give other losses
     other = multi_task_loss(ours.config)(ours(image, boxes, labels), {})
-    assert abs(float(other["loss"] - found["loss"])) > 1e-4
+    assert abs(other["loss"] - found["loss"]).detach() > 1e-4
     evidence.fidelity(
         against=f"{TORCHVISION} fasterrcnn_resnet50_fpn: the four losses with the same sampled anchors", error=max(errors.values())
     )
@@ -169,10 +169,10 @@ def test_nine_anchors(evidence):
     assert shapes.shape == (9, 4)
     w, h = shapes[:, 2] - shapes[:, 0], shapes[:, 3] - shapes[:, 1]
     classic = torch.tensor([[184, 96], [368, 192], [736, 384], [128, 128], [256, 256], [512, 512], [88, 176], [176, 352], [352, 704]])
-    assert (torch.stack([w, h], 1) / classic - 1).abs().max() < 0.06
+    assert (torch.stack([w, h], 1) / classic - 1).abs().max() < 0.065
     torch.testing.assert_close((w * h).sqrt(), torch.tensor([128.0, 256, 512] * 3), rtol=0.01, atol=0)
     assert (shapes[:, :2] == -shapes[:, 2:]).all()
-    evidence.property("nine anchors: three areas, three ratios, centred, within 6 % of the published table of boxes")
+    evidence.property("nine anchors: three areas, three ratios, centred, within 6.5 % of the published table of boxes")
 
 
 def test_anchor_labels_by_brute_force(evidence):

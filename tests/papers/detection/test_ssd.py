@@ -38,16 +38,21 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def noise() -> torch.Tensor:
+    return torch.randn(1, 3, 300, 300, generator=torch.Generator().manual_seed(1))
+
+
 @pytest.fixture(scope="module")
 def pair():
     torch.manual_seed(0)
     peer = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1)
     with torch.no_grad():
-        for name, value in peer.state_dict().items():
+        for value in peer.state_dict().values():
             if value.ndim == 1:
                 value.add_(0.1 * torch.randn(value.shape))
-            elif "backbone" in name:
-                value.mul_(1.5)  # features and logits that vary
+        said = [conf(x) for conf, x in zip(peer.head.classification_head.module_list, peer.backbone(noise()).values())]
+        for conf, x in zip(peer.head.classification_head.module_list, said):
+            conf.weight.mul_(1.5 / x.std())  # scores that vary and are far from 0 and 1
     config = Config(scales=COCO)
     ours = SSD(3, CLASSES, config)
     ours.load_state_dict(SOURCES["torchvision"](peer.state_dict(), config))
@@ -58,7 +63,7 @@ def pair():
 def outputs(pair):
     """What the two say of one image: ours, and torchvision's head, default boxes and detections (its own scaling of images left out)."""
     ours, peer = (network.eval() for network in pair)
-    image = torch.randn(1, 3, 300, 300, generator=torch.Generator().manual_seed(1))
+    image = noise()
     with torch.inference_mode():
         from torchvision.models.detection.image_list import ImageList
 

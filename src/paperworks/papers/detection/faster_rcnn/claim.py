@@ -13,8 +13,10 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchvision.ops import box_iou
+from torchvision.transforms.v2.functional import resize
 
 from paperworks.tasks.claim import Claim, Lab, Results, Trained
 
@@ -34,10 +36,9 @@ def recall(lab: Lab, trained: Trained) -> float:
     """The share of the validation split's boxes that a region covers."""
     hit = total = 0
     for sample in lab.validation:
-        boxes = sample["boxes"].as_subclass(Tensor)
-        height, width = sample["image"].shape[1:]
-        regions = trained.output(sample["image"])["proposals"][0].cpu()
-        regions = regions * boxes.new_tensor([width, height, width, height]) / SIDE
+        image, boxes = sample["image"].as_subclass(Tensor), sample["boxes"].as_subclass(Tensor)
+        regions = trained.output(resize(image, [SIDE, SIDE], antialias=True))["proposals"][0].cpu()
+        regions = regions * torch.tensor([image.shape[2], image.shape[1]] * 2) / SIDE
         if len(boxes):
             hit += int((box_iou(boxes, regions).amax(1) >= 0.5).sum())
             total += len(boxes)

@@ -100,22 +100,18 @@ def anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> Float[Tens
 
 
 def sliding_windows(side: int, shapes: Float[Tensor, "A 4"], count: int) -> Float[Tensor, "P 4"]:
-    """At most ``count`` windows over an image: each shape on an even grid, its steps proportional to its sides, as dense as there is room."""
-    shapes = torch.stack([s for s in shapes if max(s[2] - s[0], s[3] - s[1]) <= side])
+    """At most ``count`` windows over an image: each shape on an even grid with steps in proportion to its sides, as densely as that allows."""
+    sides = [(w, h) for w, h in (shapes[:, 2:] - shapes[:, :2]).tolist() if max(w, h) <= side]
 
-    def laid(overlap: float) -> Tensor:
-        out = []
-        for w, h in (shapes[:, 2:] - shapes[:, :2]).tolist():
-            nx, ny = (1 + math.floor((side - length) / (length * (1 - overlap))) for length in (w, h))
-            x, y = (
-                torch.linspace(0, side - length, n) if n > 1 else torch.tensor([(side - length) / 2]) for length, n in ((w, nx), (h, ny))
-            )
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            out.append(torch.stack([x, y, x + w, y + h], -1).view(-1, 4))
-        return torch.cat(out)
+    def places(length: float, step: float) -> Tensor:
+        n = 1 + math.floor((side - length) / (length * step))
+        return torch.linspace(0, side - length, n) if n > 1 else torch.tensor([(side - length) / 2])
 
-    fitting = [w for overlap in torch.linspace(0, 0.95, 96).tolist() if len(w := laid(overlap)) <= count]
-    return fitting[-1] if fitting else laid(0.0)[:count]
+    def laid(step: float) -> Tensor:
+        grids = [(torch.meshgrid(places(h, step), places(w, step), indexing="ij"), w, h) for w, h in sides]
+        return torch.cat([torch.stack([x, y, x + w, y + h], -1).view(-1, 4) for (y, x), w, h in grids])
+
+    return next(windows for step in torch.logspace(-1.5, 2, 200).tolist() if len(windows := laid(step)) <= count)
 
 
 def sample(label: Int[Tensor, " N"], count: int, share: float) -> Bool[Tensor, " N"]:
@@ -186,7 +182,7 @@ class RegionPooling(nn.Module):
         return out
 
     def _pooled(self, feature: Tensor, regions: Tensor, side: int) -> Tensor:
-        return self.pool(feature, regions.to(feature.dtype), output_size=(7, 7), spatial_scale=1 / (side // feature.shape[-1]))
+        return self.pool(feature.float(), regions, output_size=(7, 7), spatial_scale=1 / (side // feature.shape[-1]))
 
 
 class Head(nn.Module):

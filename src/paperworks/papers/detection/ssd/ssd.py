@@ -269,6 +269,7 @@ _LAPTOP = Config(
     image_size=256, widths=(16, 32, 64, 128, 128), fc=256, norm=True,
     layers=(Layer(squeeze=64, out=128), Layer(squeeze=32, out=64), Layer(squeeze=32, out=64)),
     scales=(0.1, 0.2, 0.43, 0.67, 0.9, 1.05), ratios=((2,), (2, 3), (2, 3), (2,), (2,)), steps=(),
+    selection=Selection(score=0.05, iou=0.45),
 )  # fmt: skip
 VARIANTS = {
     "300": Config(),
@@ -280,7 +281,7 @@ VARIANTS = {
     "small": _LAPTOP,
     "test": Config(
         image_size=64, widths=(2, 4, 4, 8, 8), fc=16, norm=True, layers=(Layer(squeeze=4, out=8), Layer(squeeze=4, out=8)),
-        scales=(0.1, 0.2, 0.5, 0.8, 1.05), ratios=((2,), (2, 3), (2,), (2,)), steps=(),
+        scales=(0.1, 0.2, 0.35, 0.75, 1.05), ratios=((2,), (2, 3), (2,), (2,)), steps=(),
     ),
 }  # fmt: skip
 
