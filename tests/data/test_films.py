@@ -291,4 +291,4 @@ def test_packs_of_films():
     films = Films("pack:video_fluorescence")
     assert (len(films.films[0]), films.films[0].shape, len(films.val)) == (48, (200, 198, 1), 12)
     films = Films("pack:particles_bulk_water")
-    assert (len(films.train), len(films.val), films.settings.sigma) == (45, 15, 5)
+    assert (len(films.train), len(films.val), films.settings.sigma) == (55, 5, 5)

@@ -89,11 +89,13 @@ class FilmAugment:
 class DeployedRestoration(Deployed):
     """Windows in, middle frames B C H W out."""
 
+    def normalised(self, image: Tensor) -> Tensor:
+        """All frames alike."""
+        return normalise(image, self.mean.repeat(WINDOW), self.std.repeat(WINDOW))
+
     def finish(self, output: Output) -> Tensor:
         """The restored frames, no longer normalised."""
-        restored = output["restored"]
-        mean, std = (v[: restored.shape[1]].view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return restored * std + mean
+        return output["restored"] * self.std.view(1, -1, 1, 1) + self.mean.view(1, -1, 1, 1)
 
 
 class RestorationScores:
@@ -145,6 +147,7 @@ class Restoration(Task):
         "wiener": ("local Wiener filter, 5x5", "局部维纳滤波，5x5"),
     }
     views: ClassVar = {"denoised": ("denoised", "去噪结果"), "residual": ("what was taken away", "被去掉的部分")}
+    images: ClassVar = ()  # a training sample is normalised frame by frame, and its truth with it
     output = "restored"
     outputs: ClassVar = ("restored",)
 
@@ -164,8 +167,8 @@ class Restoration(Task):
             channels=self.films.channels,
             classes=(),
             size=tuple(int(n) for n in np.median(sides, axis=0)),
-            mean=mean * WINDOW,
-            std=std * WINDOW,
+            mean=mean,
+            std=std,
             range=self.films.range,
             more={"sigma": self.films.sigma, "dtype": self.films.dtype},
         )
@@ -186,10 +189,7 @@ class Restoration(Task):
             "task": self.name,
             "classes": [],
             "items": len(self.train) + len(self.val),
-            "films": [
-                {"name": n, "frames": len(f), "height": f.shape[0], "width": f.shape[1], "files": str(f.path)}
-                for n, f in zip(films.names, films.films)
-            ],
+            "films": {n: f"{len(f)} frames of {f.shape[1]}x{f.shape[0]}" for n, f in zip(films.names, films.films)},
             "splits": {"train": len(self.train), "val": len(self.val)},
             "channels": films.channels,
             "dtype": films.dtype,
@@ -226,10 +226,9 @@ class Restoration(Task):
             size = "x".join(map(str, sample["image"].shape[-2:]))
             raise InputError(f"{item.name} is {size} pixels large, too small for this network; take a smaller variant or larger frames")
         out = recipe.augment(sample, sides, generator)
-        if "truth" in out:
-            mean, std = (torch.tensor(v[: self.spec.channels]) for v in (self.spec.mean, self.spec.std))
-            out["truth"] = normalise(out["truth"][None], mean, std)[0]
-        return out
+        mean, std = torch.tensor(self.spec.mean), torch.tensor(self.spec.std)
+        out["image"] = normalise(frames_of(out["image"]), mean, std).flatten(0, 1)
+        return out | {"truth": normalise(out["truth"][None], mean, std)[0]} if "truth" in out else out
 
     @staticmethod
     def loss(output: Output, batch: Batch) -> dict[str, Tensor]:
@@ -340,8 +339,8 @@ class Restoration(Task):
             channels=channels,
             classes=(),
             size=size or (64, 64),
-            mean=(0.5,) * channels * WINDOW,
-            std=(0.25,) * channels * WINDOW,
+            mean=(0.5,) * channels,
+            std=(0.25,) * channels,
             more={"sigma": 30 / 255, "dtype": "uint8"},
         )
 

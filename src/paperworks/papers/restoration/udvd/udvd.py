@@ -142,14 +142,16 @@ class UDVD(nn.Module):
         frames = list(frames_of(image).unbind(1))
         frames = frames[(len(frames) - self.frames) // 2 :][: self.frames]
         # Directions that have the same height and width go through together. The order is that of the official weights: 0, 90, 180, 270.
-        above, below = self.features([torch.cat([f, turned(f, 2)]) for f in frames]).chunk(2)
-        left, right = self.features([torch.cat([turned(f, -1), turned(f, 1)]) for f in frames]).chunk(2)
+        above, below = self.features([torch.cat([f, turned(f, 2)]) for f in frames]).unflatten(0, (2, -1))
+        left, right = self.features([torch.cat([turned(f, -1), turned(f, 1)]) for f in frames]).unflatten(0, (2, -1))
         x = torch.cat([above, turned(left, 1), turned(below, 2), turned(right, -1)], 1)  # B 8w H W
         x = F.leaky_relu(self.nin_b(F.leaky_relu(self.nin_a(x), SLOPE)), SLOPE)
         mean, triangle = self.nin_c(x).split([self.channels, self.nin_c.out_channels - self.channels], 1)
         if not triangle.shape[1]:
             return {"restored": mean, "mean": mean}
-        sigma = mean.new_full((len(mean),), self.sigma) if self.noise_net is None else self.noise_net(torch.cat(frames, 1)).mean((1, 2, 3))
+        sigma = (
+            mean.new_full(mean.shape[:1], self.sigma) if self.noise_net is None else self.noise_net(torch.cat(frames, 1)).mean((1, 2, 3))
+        )
         restored = posterior(mean, triangle, frames[len(frames) // 2], sigma)
         return {"restored": restored, "mean": mean, "triangle": triangle, "sigma": sigma}
 
