@@ -51,7 +51,7 @@ def test_sample_and_spec(with_truth):
     sample = with_truth.sample(with_truth.val[0])
     assert sample["image"].shape == (5, SIDE, SIDE)
     assert sample["truth"].shape == (1, SIDE, SIDE)
-    assert len(with_truth.spec.mean) == 5 and set(with_truth.spec.mean) == {with_truth.films.mean[0]}
+    assert with_truth.spec.mean == with_truth.films.mean
     assert with_truth.spec.more["sigma"] == pytest.approx(20 / 120)
     assert with_truth.metric == "psnr"
     described = with_truth.describe()
@@ -65,6 +65,7 @@ def test_training_samples_lie_inside_the_frame_and_follow_from_the_generator(wit
     assert samples[0]["image"].shape == (5, 24, 24)
     assert torch.equal(samples[0]["image"], samples[1]["image"])
     assert not torch.equal(samples[0]["image"], samples[2]["image"])
+    assert abs(float(samples[0]["truth"].mean())) < 1 and float(samples[0]["image"].std()) > 0.5  # normalised
     with pytest.raises(InputError, match="too small for this network"):
         with_truth.training_sample(with_truth.train[0], recipe, Grid(64), torch.Generator())
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import re
 import shutil
 import tempfile
@@ -149,7 +150,7 @@ class VideoFilm(Film):
 
 def _decoded(path: Path) -> list[np.ndarray]:
     try:
-        import av
+        av: Any = importlib.import_module("av")
     except ImportError:
         raise InputError(f"{path} is a video, which needs PyAV; install paperworks[video], or export its frames as PNG") from None
     frames: list[np.ndarray] = []
@@ -304,8 +305,9 @@ class Settings:
         path = root / SETTINGS
         said = read_json(path) if path.is_file() else {}
         known = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(said, dict) or (odd := set(said) - known):
-            raise InputError(f"{path} has {sorted(odd) if isinstance(said, dict) else 'no object'}; it takes {', '.join(sorted(known))}")
+        if not isinstance(said, dict) or set(said) - known:
+            odd = sorted(set(said) - known) if isinstance(said, dict) else "no object"
+            raise InputError(f"{path} has {odd}; it takes {', '.join(sorted(known))}")
         needs = {None: None, "gaussian": "sigma", "poisson": "photons"}
         if said.get("add") not in needs:
             raise InputError(f'{path}: "add" is {said["add"]!r}; write gaussian or poisson')
@@ -328,8 +330,9 @@ class Settings:
             return frame
         chance = np.random.RandomState(zlib.crc32(f"{self.seed} {film} {index}".encode()))  # its stream is frozen by numpy's promise
         if self.add == "gaussian":
-            assert self.sigma is not None
+            assert self.sigma is not None  # ``read`` asked for it
             return frame + torch.from_numpy(chance.standard_normal(tuple(frame.shape)).astype(np.float32)) * (self.sigma / width)
+        assert self.photons is not None
         return torch.from_numpy(chance.poisson(frame.clamp(min=0).numpy() * self.photons).astype(np.float32)) / self.photons
 
 
@@ -367,7 +370,9 @@ class Films:
         self.names: list[str] = []
         truths: list[Film | None] = []
         hashed = hashlib.sha256(repr(self.settings).encode())
-        low, high, total, squares, count = np.inf, -np.inf, 0.0, 0.0, 0
+        low, high, count = np.inf, -np.inf, 0
+        total: Any = 0.0
+        squares: Any = 0.0
         for done, (name, film) in enumerate(found.items()):
             truth = clean.get(name)
             try:

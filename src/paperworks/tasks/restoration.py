@@ -154,12 +154,11 @@ class Restoration(Task):
     def __init__(self, source: str | Path, *, progress: Progress | None = None) -> None:
         self.films = Films(source, progress=progress)
         self.source, self.sha256 = self.films.source, self.films.sha256
-        self.train: list[Frame] = self.films.train
-        self.val: list[Frame] = self.films.val
+        self.train, self.val = self.films.train, self.films.val
         if not self.train:
             raise InputError(f"{self.source}: one frame alone cannot be trained on and judged; give more frames")
         if not self.films.truths:
-            self.metric = "hidden_psnr"
+            self.metric = "hidden_psnr"  # pyright: ignore[reportAttributeAccessIssue]  # it follows from the data
         mean, std = normalisation(self.films.mean, self.films.std)
         sides = np.array([film.shape[:2] for film in self.films.films])
         self.spec = Spec(

@@ -17,7 +17,6 @@ N = C (C + 1) / 2 entries of a triangle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -146,7 +145,8 @@ class UDVD(nn.Module):
         left, right = self.features([torch.cat([turned(f, -1), turned(f, 1)]) for f in frames]).unflatten(0, (2, -1))
         x = torch.cat([above, turned(left, 1), turned(below, 2), turned(right, -1)], 1)  # B 8w H W
         x = F.leaky_relu(self.nin_b(F.leaky_relu(self.nin_a(x), SLOPE)), SLOPE)
-        mean, triangle = self.nin_c(x).split([self.channels, self.nin_c.out_channels - self.channels], 1)
+        x = self.nin_c(x).float()  # what follows wants more digits than bfloat16 has
+        mean, triangle = x.split([self.channels, self.nin_c.out_channels - self.channels], 1)
         if not triangle.shape[1]:
             return {"restored": mean, "mean": mean}
         sigma = (
@@ -155,9 +155,9 @@ class UDVD(nn.Module):
         restored = posterior(mean, triangle, frames[len(frames) // 2], sigma)
         return {"restored": restored, "mean": mean, "triangle": triangle, "sigma": sigma}
 
-    def features(self, frames: Sequence[Float[Tensor, "B C H W"]]) -> Float[Tensor, "B F H W"]:
-        """One direction: what lies strictly above a pixel, in all frames."""
-        x = torch.cat(list(frames), 1)
+    def features(self, frames: list[Tensor]) -> Float[Tensor, "B F H W"]:
+        """One direction: what lies strictly above a pixel, in all frames (each B C H W)."""
+        x = torch.cat(frames, 1)
         if self.frames == 5:
             x = torch.cat([self.denoiser1(torch.cat(frames[i : i + 3], 1)) for i in range(3)], 1)
         x = self.denoiser2(x)
