@@ -68,6 +68,8 @@ def explain_files(
     Raises:
         InputError: no run, an unknown class or setting, or a broken image. What was written before stays.
     """
+    if Path(source).is_file():
+        raise InputError(f"{source} is a file; explanations need gradients, which only the run folder's network gives")
     run = Run.load(source)
     spec, kind = run.spec, task(run.spec.task)
     explain = build_explainer(spec.task, name, settings)
