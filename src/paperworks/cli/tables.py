@@ -60,7 +60,7 @@ def comparison_table(models: Mapping[str, Mapping[str, float]], metric: str) -> 
 def compare_table(result: Mapping[str, Any], out: Path) -> None:
     """``paperworks compare``: the table, the recommendation, where things are."""
     metric, names = result["metric"], result["metric_names"]
-    shown = [metric, *[key for key in names if key != metric][:1]]
+    shown = [metric, *[key for key in names if key != metric and any(key in r["metrics"] for r in result["rows"])][:1]]
     rows = []
     sign = 1 if result["higher_is_better"] else -1
     for r in sorted(result["rows"], key=lambda r: (r["kind"] != "paper", -sign * r["metrics"].get(metric, -sign * math.inf))):

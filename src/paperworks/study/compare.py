@@ -338,16 +338,18 @@ def recommend(result: dict[str, Any]) -> dict[str, Any] | None:
     chosen = min(equal, key=_latency)
     value, top = chosen["metrics"][metric], best["metrics"][metric]
     cost_en, cost_zh = _cost_words(chosen)
+    name_en, name_zh = result.get("metric_names", {}).get(metric, [metric, metric])[:2]
+    word_en, word_zh = ("highest", "最高") if result["higher_is_better"] else ("lowest", "最低")
     if chosen is best and len(equal) == 1:
-        en = f"{chosen['name']} has the highest {metric}, {value:.3f}; the difference to the next is larger than two standard errors over the validation images. {cost_en}"
-        zh = f"{chosen['name']} 的 {metric} 最高（{value:.3f}），与次优者的差距超过验证图像上的两个标准误。{cost_zh}"
+        en = f"{chosen['name']} has the {word_en} {name_en}, {value:.3f}; the difference to the next is larger than two standard errors over the validation images. {cost_en}"
+        zh = f"{chosen['name']} 的{name_zh}{word_zh}（{value:.3f}），与次优者的差距超过验证图像上的两个标准误。{cost_zh}"
     elif chosen is best:
         others = "、".join(r["name"] for r in equal if r is not chosen)
-        en = f"{chosen['name']} has the highest {metric}, {value:.3f}, and is the fastest of those that the validation images cannot tell apart from it ({others.replace('、', ', ')}). {cost_en}"
-        zh = f"{chosen['name']} 的 {metric} 最高（{value:.3f}），并且在验证图像无法区分优劣的方法（{others}）中速度最快。{cost_zh}"
+        en = f"{chosen['name']} has the {word_en} {name_en}, {value:.3f}, and is the fastest of those that the validation images cannot tell apart from it ({others.replace('、', ', ')}). {cost_en}"
+        zh = f"{chosen['name']} 的{name_zh}{word_zh}（{value:.3f}），并且在验证图像无法区分优劣的方法（{others}）中速度最快。{cost_zh}"
     else:
-        en = f"{chosen['name']} reaches a {metric} of {value:.3f}; {best['name']} has {top:.3f}, which the validation images cannot tell apart (two standard errors), and costs more. {cost_en}"
-        zh = f"{chosen['name']} 的 {metric} 为 {value:.3f}；{best['name']} 为 {top:.3f}，两者之差在验证图像的两个标准误之内，但后者代价更高。{cost_zh}"
+        en = f"{chosen['name']} has {name_en} {value:.3f}; {best['name']} has {top:.3f}, which the validation images cannot tell apart (two standard errors), and costs more. {cost_en}"
+        zh = f"{chosen['name']} 的{name_zh}为 {value:.3f}；{best['name']} 为 {top:.3f}，两者之差在验证图像的两个标准误之内，但后者代价更高。{cost_zh}"
     return {"id": chosen["id"], "reason": {"en": en, "zh": zh}}
 
 
