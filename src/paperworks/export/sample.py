@@ -78,8 +78,8 @@ def sample_files(
             write_json(out / "samples.json", record)
             written.append(out / "samples.json")
         if interpolate is not None:
-            ends = [Generation.network_input(read_unit(Path(path), spec), grid_of(network)) for path in interpolate]
-            written.append(_save(sheet(between(network, *ends, steps), steps), out / "interpolation.png"))
+            first, last = (Generation.network_input(read_unit(Path(path), spec), grid_of(network)) for path in interpolate)
+            written.append(_save(sheet(between(network, first, last, steps), steps), out / "interpolation.png"))
         if n and (plane := _plane(network, spec.channels)) is not None:
             written.append(_save(sheet(plane, PLANE), out / "plane.png"))
     return written

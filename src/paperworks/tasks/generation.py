@@ -150,7 +150,8 @@ class ReconstructionScores:
                 "psnr": min(float(peak_signal_noise_ratio(rebuilt, image, data_range=1.0)), BEST),
                 "mse": float(error.mean()),
                 "squared_error": float(error.sum()),
-                "cross_entropy": float(F.binary_cross_entropy(rebuilt.clamp(0, 1), image)),
+                # no surer than half a step of an eight-bit pixel
+                "cross_entropy": float(F.binary_cross_entropy(rebuilt.clamp(1 / 512, 511 / 512), image)),
             }
         )
         self.distance.update(image[None], real=True)
@@ -222,8 +223,8 @@ class Generation(Task):
         self.folder: ClassFolder = open_classes(source, labelled=False, progress=progress)
         print_ = self.folder.fingerprint
         self.source, self.sha256 = self.folder.source, print_.sha256
-        self.train: tuple[ClassItem, ...] = self.folder.train
-        self.val: tuple[ClassItem, ...] = self.folder.val
+        self.train: Sequence[Any] = self.folder.train
+        self.val: Sequence[Any] = self.folder.val
         if not self.train or not self.val:
             raise InputError(
                 f"{self.source}: {len(self.train)} training and {len(self.val)} validation images; add images, or say which is which in splits.json"

@@ -125,7 +125,8 @@ class Autoencoder(nn.Module):
         hidden_input = up(data)
         with torch.no_grad():
             hidden = hidden_input + torch.randn_like(hidden_input) if gaussian else torch.bernoulli(hidden_input.sigmoid())
-            rebuilt = (hidden @ up.weight + visible_bias).sigmoid()  # probabilities, not samples, of the visible units
+            # probabilities, not samples, of the visible units
+            rebuilt = (hidden @ up.weight + visible_bias).sigmoid()  # pyright: ignore[reportOperatorIssue]
         before = free_energy(data, visible_bias, hidden_input, gaussian)
         after = free_energy(rebuilt, visible_bias, up(rebuilt), gaussian)
         return (before - after).mean()
@@ -134,7 +135,7 @@ class Autoencoder(nn.Module):
     def unroll(self) -> None:
         """W of every encoder layer, transposed, is the decoder's first weight (figure 1, middle)."""
         for up, down in zip(self.encoder, reversed(self.decoder)):
-            down.weight.copy_(up.weight.T)  # pyright: ignore[reportCallIssue]
+            down.weight.copy_(up.weight.T)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def _hidden(self, x: Tensor, layers: int) -> Tensor:
         for layer in self.encoder[:layers]:
