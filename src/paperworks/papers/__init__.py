@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from paperworks.errors import InputError
 
 if TYPE_CHECKING:
+    from paperworks.tasks.acquire import Acquirer
     from paperworks.tasks.base import Method, Paper
     from paperworks.tasks.claim import Claim
     from paperworks.tasks.explain import Explainer
@@ -52,6 +53,8 @@ class Card:
     """Inference methods that the paper's module offers to ``predict --with``."""
     explainers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Ways to show why a network answered as it did that the paper's module offers to ``explain --with``."""
+    acquirers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Ways to choose images to label that the paper's module offers to ``acquire --with``."""
     related: Mapping[str, Any] = field(default_factory=dict)
     verdict_override: Mapping[str, str] = field(default_factory=dict)
 
@@ -122,6 +125,18 @@ def explainer(task: str, name: str) -> Explainer:
     if name not in offers:
         raise InputError(f"nothing that explains {task} is called {name!r}; there are: {', '.join(offers) or 'none'}")
     return module(offers[name]).EXPLAINERS[name]
+
+
+def acquirer(name: str) -> Acquirer:
+    """A way to choose images to label, whichever paper offers it.
+
+    Raises:
+        InputError: no paper offers one of that name.
+    """
+    offers = {a: entry.id for entry in cards().values() for a in entry.acquirers}
+    if name not in offers:
+        raise InputError(f"nothing that chooses images to label is called {name!r}; there are: {', '.join(sorted(offers)) or 'none'}")
+    return module(offers[name]).ACQUIRERS[name]
 
 
 def _read(path: Path) -> Card:

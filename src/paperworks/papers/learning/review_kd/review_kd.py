@@ -232,7 +232,7 @@ def _load(found: nn.Module, name: str, weights: str, spec: Spec) -> None:
         raise InputError(f"a trained teacher is needed: {train}; then name its run with --set teacher_weights=RUN")
     path = Path(weights)
     if not path.exists():
-        path = Path(__file__).with_name(weights)  # the one that comes with `small`
+        path = Path(__file__).parent / weights  # the one that comes with `small`
     if path.is_dir():
         path /= "model.safetensors"
     if not path.exists():
