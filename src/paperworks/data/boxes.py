@@ -82,6 +82,8 @@ class Object(NamedTuple):
 class BoxItem(Item):
     """An image with its objects."""
 
+    size: tuple[int, int] = (0, 0)
+    """Height and width."""
     objects: tuple[Object, ...] = ()
 
 
@@ -498,7 +500,7 @@ def _checked(item: Item, scan: Scan, written: _Written, classes: Sequence[str]) 
             raise InputError(f"{file} has a box outside its {width}x{height} pixels ({row.where}: {shown}); correct or remove it")
         objects.append(Object(left, top, right, bottom, classes.index(row.label), row.crowd))
     plain = {f.name: getattr(item, f.name) for f in dataclasses.fields(Item)}
-    return BoxItem(**plain, objects=tuple(objects))
+    return BoxItem(**plain, size=(height, width), objects=tuple(objects))
 
 
 # --- how training samples vary ----------------------------------------------------------------------------------------------------------

@@ -217,8 +217,7 @@ class Detection(Task):
         """Class -> its training boxes as shares of their images' sides."""
         boxes: dict[int, list[Tensor]] = {}
         for item in self.train:
-            image = self.data.image(item)
-            side = torch.tensor([image.shape[2], image.shape[1]] * 2)
+            side = torch.tensor([item.size[1], item.size[0]] * 2)
             for o in item.objects:
                 if not o.crowd:
                     boxes.setdefault(o.label, []).append(torch.tensor(o[:4]) / side)
@@ -341,13 +340,14 @@ class Detection(Task):
 
     @classmethod
     def plain_batch(cls, network: nn.Module, spec: Spec, *, size: int = 48, batch: int = 2, seed: int = 0) -> Batch:
-        """Noise with three boxes of chance in each image, and a row that is none."""
+        """Noise with six boxes of chance in each image, from small to large, and a row that is none."""
         generator = torch.Generator().manual_seed(seed)
         side = grid_of(network).fit(size)
-        extent = torch.tensor([0.15, 0.35, 0.75, 0.75])[:, None] * (0.8 + 0.4 * torch.rand(batch, 4, 2, generator=generator)) * side
-        corner = torch.rand(batch, 4, 2, generator=generator) * (side - extent)
-        labels = torch.randint(0, len(spec.classes), (batch, 4), generator=generator)
-        labels[:, 3] = -1
+        usual = torch.tensor([0.1, 0.17, 0.27, 0.4, 0.6, 0.8, 0.8])[:, None]
+        extent = usual * (0.85 + 0.3 * torch.rand(batch, 7, 2, generator=generator)) * side
+        corner = torch.rand(batch, 7, 2, generator=generator) * (side - extent)
+        labels = torch.randint(0, len(spec.classes), (batch, 7), generator=generator)
+        labels[:, 6] = -1
         return {
             "image": torch.randn(batch, spec.channels, side, side, generator=generator),
             "boxes": torch.cat([corner, corner + extent], 2) * (labels >= 0)[..., None],

@@ -52,7 +52,7 @@ def pair():
                 value.add_(0.1 * torch.randn(value.shape))
         said = [conf(x) for conf, x in zip(peer.head.classification_head.module_list, peer.backbone(noise()).values())]
         for conf, x in zip(peer.head.classification_head.module_list, said):
-            conf.weight.mul_(1.5 / x.std())  # scores that vary and are far from 0 and 1
+            conf.weight.mul_(1 / x.std())  # scores that vary and are far from 0 and 1
     config = Config(scales=COCO)
     ours = SSD(3, CLASSES, config)
     ours.load_state_dict(SOURCES["torchvision"](peer.state_dict(), config))
@@ -84,7 +84,7 @@ def test_detections_equal_torchvisions(evidence, pair, outputs):
         errors = [
             relative(out["logits"], head["cls_logits"]), relative(boxes[0][real], expected["boxes"]), relative(scores[0][real], expected["scores"]),
         ]  # fmt: skip
-        assert expected["scores"].std() > 0.01
+        assert expected["scores"].std() > 0.003
         assert max(errors) < 1e-4
         kept = ours.fc[1].weight.clone()
         ours.fc[1].weight.mul_(1.05)  # a perturbed weight is seen
@@ -195,8 +195,8 @@ def test_l2_norm(evidence):
 
 def test_one_map_has_the_same_default_boxes():
     """The claim's control: as many boxes of the same shapes, all on fc7."""
-    several, one = (SSD(3, 3, replace(VARIANTS["small"], image_size=160, one_map=flag)).eval() for flag in (False, True))
-    image = torch.zeros(1, 3, 160, 160)
+    several, one = (SSD(3, 3, replace(VARIANTS["small"], image_size=128, one_map=flag)).eval() for flag in (False, True))
+    image = torch.zeros(1, 3, 128, 128)
     a, b = several(image)["scores"].shape[1], one(image)["scores"].shape[1]
     assert abs(a - b) / a < 0.02
     assert len(one.loc) == 1 and not len(one.extra)

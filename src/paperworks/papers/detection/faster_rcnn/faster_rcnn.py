@@ -103,15 +103,17 @@ def sliding_windows(side: int, shapes: Float[Tensor, "A 4"], count: int) -> Floa
     """At most ``count`` windows over an image: each shape on an even grid with steps in proportion to its sides, as densely as that allows."""
     sides = [(w, h) for w, h in (shapes[:, 2:] - shapes[:, :2]).tolist() if max(w, h) <= side]
 
-    def places(length: float, step: float) -> Tensor:
-        n = 1 + math.floor((side - length) / (length * step))
-        return torch.linspace(0, side - length, n) if n > 1 else torch.tensor([(side - length) / 2])
+    def places(length: float, step: float) -> int:
+        return 1 + math.floor((side - length) / (length * step))
 
-    def laid(step: float) -> Tensor:
-        grids = [(torch.meshgrid(places(h, step), places(w, step), indexing="ij"), w, h) for w, h in sides]
-        return torch.cat([torch.stack([x, y, x + w, y + h], -1).view(-1, 4) for (y, x), w, h in grids])
-
-    return next(windows for step in torch.logspace(-1.5, 2, 200).tolist() if len(windows := laid(step)) <= count)
+    steps = torch.logspace(-1.5, 2, 200).tolist()
+    step = next(s for s in steps if sum(places(w, s) * places(h, s) for w, h in sides) <= count)
+    out = []
+    for w, h in sides:
+        x, y = (torch.linspace(0, side - n, places(n, step)) if places(n, step) > 1 else torch.tensor([(side - n) / 2]) for n in (w, h))
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        out.append(torch.stack([x, y, x + w, y + h], -1).view(-1, 4))
+    return torch.cat(out)
 
 
 def sample(label: Int[Tensor, " N"], count: int, share: float) -> Bool[Tensor, " N"]:
@@ -378,7 +380,7 @@ _FPN = Config(
     selection=Selection(score=0.05, iou=0.5, candidates=1000),
 )  # fmt: skip
 _LAPTOP = replace(
-    _FPN, image_size=256, trunk="resnet18", width=32, pyramid=64, finest=3, canonical=96, sizes=(24, 48, 96, 192),
+    _FPN, image_size=192, trunk="resnet18", width=32, pyramid=64, finest=3, canonical=64, sizes=(16, 32, 64, 128),
     before=(300, 200), after=(200, 100), regions=64, head=256, selection=Selection(score=0.05, iou=0.5, candidates=100),
 )  # fmt: skip
 
@@ -399,7 +401,7 @@ def recipe(config: Config) -> Recipe:
         return Recipe(
             optimizer="sgd", lr=1e-3, weight_decay=5e-4, schedule="step", decay_at=(0.75,), warmup=0.0, batch_size=1, clip=None, augment=flips,
         )  # fmt: skip
-    return Recipe(lr=1e-3 if config.trunk == "resnet18" else 2e-4, weight_decay=1e-2, batch_size=8, average=0.99, augment=BoxAugment())
+    return Recipe(lr=1e-3 if config.trunk == "resnet18" else 2e-4, weight_decay=1e-2, batch_size=4, average=0.99, augment=BoxAugment())
 
 
 PAPER = Paper(

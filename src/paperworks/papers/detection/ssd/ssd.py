@@ -266,7 +266,7 @@ class SSDAugment:
 
 
 _LAPTOP = Config(
-    image_size=256, widths=(16, 32, 64, 128, 128), fc=256, norm=True,
+    image_size=192, widths=(16, 32, 64, 128, 128), fc=256, norm=True,
     layers=(Layer(squeeze=64, out=128), Layer(squeeze=32, out=64), Layer(squeeze=32, out=64)),
     scales=(0.1, 0.2, 0.43, 0.67, 0.9, 1.05), ratios=((2,), (2, 3), (2, 3), (2,), (2,)), steps=(),
     selection=Selection(score=0.05, iou=0.45),
@@ -289,7 +289,7 @@ VARIANTS = {
 def recipe(config: Config) -> Recipe:
     """The paper's for its own networks, which start from ImageNet's weights; minutes from nothing for the laptop's."""
     if config.norm:
-        return Recipe(lr=2e-3, weight_decay=1e-2, batch_size=8, average=0.99, augment=SSDAugment(expand=1.5))
+        return Recipe(lr=2e-3, weight_decay=1e-2, batch_size=4, average=0.99, augment=SSDAugment(expand=1.5))
     return Recipe(
         optimizer="sgd", lr=1e-3, weight_decay=5e-4, schedule="step", decay_at=(2 / 3, 5 / 6), warmup=0.0, batch_size=32, clip=None,
         augment=SSDAugment(),
