@@ -130,9 +130,10 @@ def test_probe_and_vote():
     assert torch.equal(linear_probe(x[:60], label[:60], x[60:]), linear_probe(x[:60], label[:60], x[60:]))
     with torch.inference_mode():
         assert len(linear_probe(x[:60].clone(), label[:60], x[60:])) == 30
-    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-    assert nearest_vote(bank, torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])).tolist() == [1, 1]
-    assert nearest_vote(bank, torch.tensor([0, 1, 2]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])).tolist() == [0, 2]
+    bank = torch.tensor([[1.0, 0.0], [0.95, 0.1], [0.95, -0.1], [0.0, 1.0]])
+    query = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    assert nearest_vote(bank, torch.tensor([0, 1, 1, 2]), query).tolist() == [1, 2], "two that are near outvote the nearest"
+    assert nearest_vote(bank, torch.tensor([0, 1, 2, 3]), query).tolist() == [0, 3]
 
 
 def test_strangers(tmp_path):
@@ -177,7 +178,8 @@ def test_draws_neighbours_of_the_class(data, tmp_path):
     frames = [tuple(int(v) for v in picture[80 * (i // 3) + 4, 80 * (i % 3) + 40]) for i in range(8)]
     assert frames[:2] == [(0, 158, 115)] * 2 and frames[2:] == [(213, 94, 0)] * 6
     data.picture(predictor(data), data.val[:2], tmp_path / "sheet.png")
-    assert PIL.Image.open(tmp_path / "sheet.png").height > 400
+    with PIL.Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > 400
 
 
 def test_other_channels_are_refused_other_classes_are_not(data):
@@ -203,7 +205,8 @@ def test_writes_embeddings(data, colours, tmp_path):
     with written[1].open() as f:
         rows = list(csv.reader(f))
     assert [r[0] for r in rows] == names.tolist() and np.allclose(np.array([r[1:] for r in rows], float), embedding, rtol=1e-4)
-    assert PIL.Image.open(written[2]).height > 9 * 100
+    with PIL.Image.open(written[2]) as sheet:
+        assert sheet.height > 9 * 100
     assert data.predict_files(model(data), [colours / "val"], tmp_path / "out", Options(resume=True)) == []
     with pytest.raises(InputError, match="--probabilities"):
         data.predict_files(model(data), [colours / "val"], tmp_path / "other", Options(probabilities=True))

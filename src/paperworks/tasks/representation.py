@@ -479,7 +479,7 @@ def _sheet(names: Sequence[str], vectors: Float[Tensor, "N F"], images: Sequence
     """A row for each of up to twelve images: the image and the five most alike, with their cosines."""
     x = F.normalize(vectors)
     rows = []
-    for i in np.linspace(0, len(names) - 1, min(12, len(names))).round().astype(int).tolist():
+    for i in map(int, np.linspace(0, len(names) - 1, min(12, len(names))).round()):
         similar = x @ x[i]
         order = [j for j in similar.argsort(descending=True).tolist() if j != i][:5]
         titles = [Path(names[i]).name, *(f"{float(similar[j]):.2f}" for j in order)]

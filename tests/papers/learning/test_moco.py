@@ -35,7 +35,7 @@ rule = recorder()
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
+    return float((ours - theirs).detach().norm() / theirs.detach().norm())
 
 
 def network(seed: int = 0, **changes) -> MoCo:

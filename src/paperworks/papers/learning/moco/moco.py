@@ -175,11 +175,11 @@ VARIANTS = {
 
 def recipe(config: Config) -> Recipe:
     """The official training of either version; that of the authors' CIFAR demo where the stem is CIFAR's."""
+    small = TwoViews(area=(0.08, 1.0))
+    if config.width < 64:
+        return Recipe(lr=2e-3, weight_decay=1e-4, batch_size=128, patch=128, clip=None, augment=small)  # minutes, not days
     if config.stem == "cifar":
-        view = TwoViews(area=(0.08, 1.0))
-        if config.width < 64:
-            return Recipe(lr=2e-3, weight_decay=1e-4, batch_size=128, patch=128, clip=None, augment=view)  # minutes, not days
-        return Recipe(optimizer="sgd", lr=0.06, weight_decay=5e-4, warmup=0.0, batch_size=512, patch=128, clip=None, augment=view)
+        return Recipe(optimizer="sgd", lr=0.06, weight_decay=5e-4, warmup=0.0, batch_size=512, patch=128, clip=None, augment=small)
     if config.mlp:
         view = TwoViews(blur=0.5)
         return Recipe(optimizer="sgd", lr=0.03, weight_decay=1e-4, warmup=0.0, batch_size=256, patch=224, clip=None, augment=view)
