@@ -5,8 +5,8 @@ Convolutions say exactly where things are: they embed the volume and change its 
 the decoder asks, and the encoder's map of that scale answers (skip attention).
 
 Different from the official code (282857341/nnFormer): it takes one crop size, here attention takes any map, in windows that are filled up
-and masked, and is the same at the official crop. Its index of relative positions gives 228 of a 4x4x4 window's 343 offsets an entry that they
-share; here each has its own. The ACDC network cuts 14 slices to 7 and 3; here depth is filled up as the other axes are.
+and masked, and is the same at the official crop. Its index of relative positions leads the 343 offsets of a 4x4x4 window to 115 entries; here
+each offset has its own. The ACDC network cuts 14 slices to 7 and 3; here depth is filled up as the other axes are.
 
 Shapes: B batch, C image channels, K classes, F features, D H W the axes (of tokens from the embedding on), N tokens of a window, n windows.
 """
@@ -64,7 +64,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Embedding(nn.Sequential):
-    """Section 3.1: four 3x3x3 convolutions where others cut patches; the first and the third have the strides. B C D H W -> tokens."""
+    """The embedding layer: four 3x3x3 convolutions where others cut patches; the first and the third have the strides. B C D H W -> tokens."""
 
     def __init__(self, channels: int, dim: int, patch: Size) -> None:
         first = tuple(min(p, 2) for p in patch)
@@ -125,9 +125,9 @@ def offsets(window: Size) -> Int[Tensor, "N N"]:
 
 
 class VolumeAttention(nn.Module):
-    """Multi-head self-attention within windows of a volume, section 3.2: LV-MSA, SLV-MSA if ``shifted``, GV-MSA if one window holds all.
+    """Multi-head self-attention within windows of a volume: LV-MSA, SLV-MSA if ``shifted``, GV-MSA if one window holds all.
 
-    With ``asked`` it is skip attention (section 3.4): queries come from outside and as they are, keys and values from the tokens.
+    With ``asked`` it is skip attention: queries come from outside and as they are, keys and values from the tokens.
     """
 
     def __init__(self, dim: int, heads: int, window: Size, *, shifted: bool = False, asked: bool = False) -> None:
@@ -174,7 +174,7 @@ class VolumeAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, eqs. 1 and 2: attention, then a perceptron of four times the features, each normalised before and added."""
+    """A transformer block: attention, then a perceptron of four times the features, each normalised before and added."""
 
     def __init__(self, dim: int, heads: int, window: Size, drop: float, *, shifted: bool = False, asked: bool = False) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Block(nn.Module):
 
 
 class SkipBlock(Block):
-    """Section 3.4: the decoder's tokens ask those of the encoder. One norm serves both; what is added is added to their plain sum."""
+    """Skip attention: the decoder's tokens ask those of the encoder. One norm serves both; what is added is added to their plain sum."""
 
     def forward(self, skip: Float[Tensor, "B D H W F"], up: Float[Tensor, "B D H W F"]) -> Float[Tensor, "B D H W F"]:
         """``up`` asks, ``skip`` answers."""
@@ -200,7 +200,7 @@ class SkipBlock(Block):
 
 
 class NNFormer(nn.Module):
-    """Figure 2: embedding, four stages down, three up, and an expanding layer that turns tokens into voxels."""
+    """The U of the paper: embedding, four stages down, three up, and an expanding layer that turns tokens into voxels."""
 
     def __init__(self, channels: int, classes: int, config: Config) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class NNFormer(nn.Module):
 
 
 def supervised(output: Output, batch: Batch) -> dict[str, Tensor]:
-    """Section 3.5: the loss of each answer against the labels at its scale; each coarser one weighs half, all together 1.
+    """Deep supervision: the loss of each answer against the labels at its scale; each coarser one weighs half, all together 1.
 
     Soft Dice and cross-entropy are the task's, which are those of nnU-Net but for the smoothing term (1 for 1e-5).
     """
@@ -288,7 +288,7 @@ VARIANTS = {
         deep_supervision=False,
     ),
     "small": Config(
-        dim=24, depths=(2, 2, 2), heads=(2, 4, 8), decoder_heads=(2, 4), windows=((4, 4, 4), (4, 4, 4), (6, 4, 4)),
+        dim=24, depths=(2, 2, 2), heads=(2, 4, 8), decoder_heads=(2, 4), windows=((4, 4, 4), (4, 4, 4), (4, 2, 2)),
         strides=((2, 2, 2), (2, 2, 2)), drop_path=0.0,
     ),
     "test": Config(
@@ -306,7 +306,8 @@ def recipe(config: Config) -> Recipe:
         variant: crop for variant, crop in CROPS.items() if VARIANTS[variant].dim == config.dim and VARIANTS[variant].patch == config.patch
     }
     if not named:
-        return Recipe(lr=2e-3, weight_decay=1e-2, batch_size=2, average=0.99, augment=Augment(flip=False))
+        # Crops of 32 x 32 x 32 voxels, for which the small network's windows are made. Left and right are not the same in a body.
+        return Recipe(lr=2e-3, weight_decay=1e-2, batch_size=4, patch=181, average=0.99, augment=Augment(flip=False))
     # 1000 epochs of 250 batches officially; Nesterov's momentum is left out. Rotation here is in the plane of the slices.
     augment = Augment(rotate=30, scale=(0.7, 1.4), brightness=0.25, contrast=0.25, gamma=0.4, noise=0.1)
     (crop,) = named.values()
