@@ -53,12 +53,12 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes = (0, *range(2, input.ndim))
         shape = (1, -1, *(1,) * (input.ndim - 2))
         count = world() * input.numel() // input.shape[1]  # processes have equal shares
-        mean = summed(input.mean(axes)) / world()
-        centred = input - mean.view(shape)
+        mean = summed(input.float().mean(axes)) / world()
+        centred = input.float() - mean.view(shape)
         var = summed(centred.square().mean(axes)) / world()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
         out = centred * ((var + self.eps).rsqrt() * self.weight).view(shape)
-        return out if self.bias is None else out + self.bias.view(shape)
+        return (out if self.bias is None else out + self.bias.view(shape)).to(input.dtype)

@@ -34,8 +34,9 @@ def gathered(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "PB ..."]:
     """``x`` of all processes one after the other, without a gradient."""
     if world() == 1:
         return x.detach()
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(world())]
-    distributed.all_gather(parts, x.contiguous())
+    distributed.all_gather(parts, x)
     return torch.cat(parts)
 
 
@@ -44,13 +45,13 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = x.clone()
+        out = x.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        out = grad_outputs[0].clone()
+        out = grad_outputs[0].clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(out)
         return out
 

@@ -125,7 +125,8 @@ class ArcFace(nn.Module):
             ``embedding`` B F and ``cosine`` B K, of its angles with the centres.
         """
         x = self.trunk(image)
-        return {"embedding": x, "cosine": F.linear(F.normalize(x.float()), F.normalize(self.centres.float()))}
+        with torch.autocast(x.device.type, enabled=False):  # half precision is too coarse for angles
+            return {"embedding": x, "cosine": F.linear(F.normalize(x.float()), F.normalize(self.centres.float()))}
 
 
 EDGE = 1e-6

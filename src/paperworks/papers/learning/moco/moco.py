@@ -74,7 +74,7 @@ class Branch(nn.Module):
     def forward(self, image: Float[Tensor, "N c h w"]) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N C"]]:
         """The representation, and its projection onto the unit sphere."""
         h = self.backbone.embed(image)  # pyright: ignore[reportCallIssue]
-        return h, F.normalize(self.head(h), dim=1)
+        return h, F.normalize(self.head(h).float(), dim=1)
 
 
 class MoCo(nn.Module):
@@ -110,8 +110,9 @@ class MoCo(nn.Module):
         h, q = self.query(image)
         self.follow()
         k = self.keys(view)
-        positive = (q * k).sum(1, keepdim=True)
-        negative = q @ self.queue.clone()  # a copy, as the queue changes before the gradient is computed
+        with torch.autocast(image.device.type, enabled=False):  # half precision is too coarse for what is divided by tau
+            positive = (q * k).sum(1, keepdim=True)
+            negative = q @ self.queue.clone()  # a copy, as the queue changes before the gradient is computed
         self.enqueue(k)
         return {"embedding": h, "similarity": torch.cat([positive, negative], 1)}
 
