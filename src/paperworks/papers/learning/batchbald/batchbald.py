@@ -17,9 +17,10 @@ Shapes: N images of the pool, K draws of the weights, C classes, B the batch tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -159,14 +160,17 @@ def drawn(network: nn.Module, draw: int, seed: int = 0) -> Iterator[None]:
     if not layers:
         raise InputError("this network has no dropout, so there is nothing to draw; train one that has it")
 
-    def masked(place: int, layer: _DropoutNd, output: Tensor) -> Tensor:
-        whole = isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)  # channels are dropped as a whole
-        shape = (output.shape[1], *(1,) * (output.ndim - 2)) if whole else output.shape[1:]
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) * 1009 + place)
-        mask = torch.rand(shape, generator=generator) >= layer.p
-        return output * (mask / (1 - layer.p)).to(output)
+    def masking(place: int) -> Callable[[Any, Any, Tensor], Tensor]:
+        def masked(layer: _DropoutNd, _: Any, output: Tensor) -> Tensor:
+            whole = isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)  # channels are dropped as a whole
+            shape = (output.shape[1], *(1,) * (output.ndim - 2)) if whole else output.shape[1:]
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) * 1009 + place)
+            mask = torch.rand(shape, generator=generator) >= layer.p
+            return output * (mask / (1 - layer.p)).to(output)
 
-    hooks = [layer.register_forward_hook(lambda m, _, y, place=place: masked(place, m, y)) for place, layer in enumerate(layers)]
+        return masked
+
+    hooks = [layer.register_forward_hook(masking(place)) for place, layer in enumerate(layers)]
     try:
         yield
     finally:

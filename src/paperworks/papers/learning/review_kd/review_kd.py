@@ -100,7 +100,8 @@ class ResNet(nn.Module):
 
     def maps(self, image: Float[Tensor, "B c s s"], before_relu: bool = False) -> list[Tensor]:
         """What each stage emits, or has before its last ReLU, and the pooled vector B O 1 1."""
-        x, found = self.maxpool(F.relu(self.bn1(self.conv1(image)))), []
+        x = y = self.maxpool(F.relu(self.bn1(self.conv1(image))))
+        found = []
         for stage in self.stages:
             for block in stage:  # pyright: ignore[reportGeneralTypeIssues]
                 y = block.before_relu(x)
