@@ -509,7 +509,11 @@ def _checked(item: Item, scan: Scan, written: _Written, classes: Sequence[str]) 
 def keep(sample: dict[str, Any], which: Tensor) -> dict[str, Any]:
     """The sample with some of its objects only."""
     out = {key: value[which] for key, value in sample.items() if key in ("labels", "crowd")}
-    boxes = tv_tensors.wrap(sample["boxes"].as_subclass(Tensor)[which], like=sample["boxes"])
+    boxes = tv_tensors.BoundingBoxes(
+        sample["boxes"].as_subclass(Tensor)[which],
+        format="XYXY",
+        canvas_size=sample["boxes"].canvas_size,  # pyright: ignore[reportCallIssue]
+    )
     return sample | out | {"boxes": boxes}
 
 

@@ -458,7 +458,12 @@ def _annotations(image: int, what: Found, before: int, **more: list[Any]) -> lis
 
 def _coco(images: Sequence[int], annotations: list[dict[str, Any]], classes: int) -> COCO:
     out = COCO()
-    out.dataset = {"images": [{"id": i} for i in images], "annotations": annotations, "categories": [{"id": k + 1} for k in range(classes)]}
+    content: Any = {
+        "images": [{"id": i} for i in images],
+        "annotations": annotations,
+        "categories": [{"id": k + 1} for k in range(classes)],
+    }
+    out.dataset = content
     out.createIndex()
     return out
 

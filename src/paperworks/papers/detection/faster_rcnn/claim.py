@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import resize
 from paperworks.tasks.claim import Claim, Lab, Results, Trained
 
 SIDE, REGIONS = 128, 40
-STEPS = {"rpn": 260, "windows": 260, "untrained": 1}
+STEPS = {"rpn": 150, "windows": 150, "untrained": 1}
 
 
 def run(lab: Lab, arm: str) -> dict[str, float]:

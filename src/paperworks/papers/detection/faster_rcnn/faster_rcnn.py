@@ -246,23 +246,22 @@ class FasterRCNN(nn.Module):
 
         Without them: ``boxes`` B P K 4 and ``scores`` B P K, and what they were made of: ``proposals`` B P 4, best first.
         """
-        features = self._features(image)
-        out: Output = {}
+        features, side, out = self._features(image), image.shape[-1], Output()
+        anchors = self._anchors(features, side)
         if self.config.proposals == "rpn":
             objectness, t = self.rpn(features)
-            anchors = self._anchors(features, image.shape[-1])
             with torch.no_grad():  # the head's loss does not reach the RPN through the coordinates (approximate joint training)
-                proposals, real = self._propose(objectness, t, anchors, image.shape[-1])
+                proposals, real = self._propose(objectness, t, anchors, side)
             out |= {"objectness": torch.cat(objectness, 1), "t": torch.cat(t, 1)}
         else:
             proposals = self.windows.expand(len(image), -1, -1)  # pyright: ignore[reportCallIssue]
             real = proposals.new_ones(proposals.shape[:2], dtype=torch.bool)
         if boxes is None or labels is None:
-            return self._detect(features, proposals, real, image.shape[-1])
+            return self._detect(features, proposals, real, side)
         truths = [of_image(b, k) for b, k in zip(boxes, labels)]
-        if self.config.proposals == "rpn":
-            out |= self._rpn_targets(torch.cat(anchors), truths, image.shape[-1])
-        return out | self._head_targets(features, proposals, real, truths, image.shape[-1])
+        if out:
+            out |= self._rpn_targets(torch.cat(anchors), truths, side)
+        return out | self._head_targets(features, proposals, real, truths, side)
 
     def _features(self, image: Tensor) -> list[Tensor]:
         maps = self.trunk.pyramid(image)

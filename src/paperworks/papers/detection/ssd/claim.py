@@ -11,7 +11,7 @@ from statistics import fmean
 
 from paperworks.tasks.claim import Claim, Lab, Results
 
-STEPS = 260
+STEPS = 150
 
 
 def run(lab: Lab, arm: str) -> dict[str, float]:
