@@ -127,13 +127,18 @@ def explainer(task: str, name: str) -> Explainer:
     return module(offers[name]).EXPLAINERS[name]
 
 
+def acquirers() -> dict[str, str]:
+    """Ways to choose images to label, and the paper that offers each."""
+    return {name: entry.id for entry in cards().values() for name in entry.acquirers}
+
+
 def acquirer(name: str) -> Acquirer:
     """A way to choose images to label, whichever paper offers it.
 
     Raises:
         InputError: no paper offers one of that name.
     """
-    offers = {a: entry.id for entry in cards().values() for a in entry.acquirers}
+    offers = acquirers()
     if name not in offers:
         raise InputError(f"nothing that chooses images to label is called {name!r}; there are: {', '.join(sorted(offers)) or 'none'}")
     return module(offers[name]).ACQUIRERS[name]

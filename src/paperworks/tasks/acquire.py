@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +17,8 @@ class Chosen(NamedTuple):
     """What is gained by all of them up to and with each, in nats."""
 
 
-Acquire = Callable[[nn.Module, Sequence[Tensor], int], Chosen]
-"""(network, normalised images in batches B C S S, how many) -> those to label; indices count through the batches."""
+Acquire = Callable[[nn.Module, Iterable[Tensor], int], Chosen]
+"""(network, normalised images in batches B C S S, how many) -> those to label; indices count through the batches, which are gone through once."""
 
 
 @dataclass(frozen=True)

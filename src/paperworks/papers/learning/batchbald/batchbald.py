@@ -17,7 +17,7 @@ Shapes: N images of the pool, K draws of the weights, C classes, B the batch tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -179,14 +179,17 @@ def drawn(network: nn.Module, draw: int, seed: int = 0) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def posterior(network: nn.Module, batches: Sequence[Float[Tensor, "n c s s"]], draws: int, seed: int = 0) -> Float[Tensor, "N K C"]:
+def posterior(network: nn.Module, batches: Iterable[Float[Tensor, "n c s s"]], draws: int, seed: int = 0) -> Float[Tensor, "N K C"]:
     """Log-probabilities of normalised images under K draws of the weights, the same draws for all of them."""
     network.eval()
     found = []
-    for k in range(draws):
-        with drawn(network, k, seed):
-            found.append(torch.cat([network(images)["logits"].float().log_softmax(1).cpu() for images in batches]))
-    return torch.stack(found, 1)
+    for images in batches:
+        rows = []
+        for k in range(draws):
+            with drawn(network, k, seed):
+                rows.append(network(images)["logits"].float().log_softmax(1).cpu())
+        found.append(torch.stack(rows, 1))
+    return torch.cat(found)
 
 
 def predictive(log_probs: Float[Tensor, "N K C"]) -> Float[Tensor, "N C"]:
@@ -258,7 +261,7 @@ class Question:
 
 
 def _batchbald(question: Question) -> Acquire:
-    def ask(network: nn.Module, batches: Sequence[Tensor], size: int) -> Chosen:
+    def ask(network: nn.Module, batches: Iterable[Tensor], size: int) -> Chosen:
         log_probs = posterior(network, batches, question.draws, question.seed)
         return batchbald(log_probs, size, configurations=question.configurations, seed=question.seed)
 

@@ -1,0 +1,66 @@
+"""Which images to label next, from files."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from paperworks.errors import InputError
+from paperworks.export.acquire import acquire_files
+from paperworks.train.api import fit
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small classifier with dropout, and a pool of six images of which each lies there three times."""
+    root = tmp_path_factory.mktemp("acquire")
+    state = np.random.RandomState(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for k, name in enumerate(("dark", "light")):
+            (root / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = state.normal(70 + 110 * k, 40, (28, 28)).clip(0, 255).astype(np.uint8)
+                PIL.Image.fromarray(image).save(root / "data" / split / name / f"{i}.png")
+    (root / "pool").mkdir()
+    for i in range(6):
+        image = state.normal(125, 5 + 20 * i, (28, 28)).clip(0, 255).astype(np.uint8)
+        for copy in range(3):
+            PIL.Image.fromarray(image).save(root / "pool" / f"{i}_{copy}.png")
+    fit("batchbald", root / "data", root / "run", variant="test", steps=8)
+    return root
+
+
+def test_the_batch_is_diverse_and_written_in_order(run, tmp_path):
+    rows = acquire_files(run / "run", [run / "pool"], tmp_path / "out", size=3)
+    assert [row["score"] for row in rows] == sorted(row["score"] for row in rows) and rows[0]["score"] > 0
+    with (tmp_path / "out" / "acquire.csv").open(encoding="utf-8", newline="") as f:
+        assert [row["file"] for row in csv.DictReader(f)] == [row["file"] for row in rows]
+    assert PIL.Image.open(tmp_path / "out" / "acquire.png").width > 400
+    assert all(row["class"] in ("dark", "light") and 0.5 <= row["probability"] <= 1 for row in rows)
+    single = acquire_files(run / "run", [run / "pool"], tmp_path / "single", size=3, name="bald")
+    kinds = [len({row["file"].rsplit("/")[-1][0] for row in found}) for found in (rows, single)]
+    assert kinds[0] > kinds[1] == 1, "the best by themselves are copies; a batch that tells most is not"
+    assert acquire_files(run / "run", [run / "pool"], tmp_path / "again", size=3) == rows
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"size": 0}, "0 of 18 images cannot be chosen; ask for 1 to 18"),
+        ({"size": 19}, "19 of 18"),
+        ({"name": "best"}, "is called 'best'; there are: bald, batchbald"),
+        ({"settings": {"draw": "5"}}, "no setting is called 'draw'"),
+    ],
+)
+def test_bad_questions(run, tmp_path, given, says):
+    with pytest.raises(InputError, match=says):
+        acquire_files(run / "run", [run / "pool"], tmp_path, **given)
+
+
+def test_a_network_without_dropout_cannot_be_asked(run, tmp_path):
+    fit("convnext", run / "data", tmp_path / "run", variant="test", steps=1)
+    with pytest.raises(InputError, match="no dropout"):
+        acquire_files(tmp_path / "run", [run / "pool"], tmp_path / "out", size=2)
