@@ -46,7 +46,7 @@ TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
 HELD_OUT = 4
 """One frame in so many, the last ones of each film, is for validation."""
 KEPT_BYTES = 256 << 20
-"""Decoded frames that one film keeps."""
+"""Decoded frames that a data set keeps."""
 VIDEO_BYTES = 2 << 30
 """Largest decoded video; they are decoded whole, as their frames cannot be found one by one."""
 
@@ -58,6 +58,9 @@ Progress = Callable[[int, int], None]
 
 class Film:
     """Frames of one size and type. ``frame(i)`` is H W C as the file has it, but for alpha, which is left out."""
+
+    keep = KEPT_BYTES
+    """Bytes of decoded frames that are kept."""
 
     def __init__(self, path: Path, names: Sequence[str], shape: tuple[int, int, int], dtype: str) -> None:
         self.path, self.names, self.shape, self.dtype = path, tuple(names), shape, dtype
@@ -78,7 +81,7 @@ class Film:
                 raise InputError(
                     f"{self.path}: frame {self.names[index]} is {frame.dtype} {frame.shape}, not {self.dtype} {self.shape}; save all alike"
                 )
-            if len(self._kept) * frame.nbytes >= KEPT_BYTES:
+            if (len(self._kept) + 1) * frame.nbytes > self.keep:
                 return frame
             self._kept[index] = frame
         return self._kept[index]
@@ -348,6 +351,28 @@ class Frame:
     index: int
 
 
+@dataclass
+class _Values:
+    """Grey values of one film: extremes, and sums over pixels per channel."""
+
+    low: float
+    high: float
+    total: np.ndarray
+    squares: np.ndarray
+    count: int
+
+    @classmethod
+    def of(cls, film: Film) -> _Values:
+        values = cls(np.inf, -np.inf, np.zeros(film.shape[2]), np.zeros(film.shape[2]), len(film) * film.shape[0] * film.shape[1])
+        for name, frame in zip(film.names, map(film.frame, range(len(film)))):
+            if not np.isfinite(frame).all():
+                raise InputError(f"{film.path}: frame {name} has NaN or infinite pixels; replace them by numbers")
+            values.low, values.high = min(values.low, float(frame.min())), max(values.high, float(frame.max()))
+            values.total += frame.sum((0, 1), dtype=np.float64)
+            values.squares += np.square(frame, dtype=np.float64).sum((0, 1))
+        return values
+
+
 class Films:
     """All films below a folder, looked through once.
 
@@ -370,21 +395,13 @@ class Films:
         self.names: list[str] = []
         truths: list[Film | None] = []
         hashed = hashlib.sha256(repr(self.settings).encode())
-        low, high, count = np.inf, -np.inf, 0
-        total: Any = 0.0
-        squares: Any = 0.0
+        seen: list[_Values] = []
         for done, (name, film) in enumerate(found.items()):
             truth = clean.get(name)
             try:
                 self._like_the_others(film, truth)
-                for i in range(len(film)):
-                    frame = film.frame(i)
-                    if not np.isfinite(frame).all():
-                        raise InputError(f"{film.path}: frame {film.names[i]} has NaN or infinite pixels; replace them by numbers")
-                    low, high = min(low, float(frame.min())), max(high, float(frame.max()))
-                    total += frame.sum((0, 1), dtype=np.float64)
-                    squares += np.square(frame, dtype=np.float64).sum((0, 1))
-                    count += frame.shape[0] * frame.shape[1]
+                film.keep = KEPT_BYTES // len(found)
+                values = _Values.of(film)
                 hashed.update(f"{name} {film.names} {digest(film.files())} {digest(truth.files()) if truth else ''}".encode())
             except InputError as error:
                 self.problems.append(_problem(film, error))
@@ -392,6 +409,7 @@ class Films:
                 self.films.append(film)
                 self.names.append(name)
                 truths.append(truth)
+                seen.append(values)
             if progress:
                 progress(done + 1, len(found))
         if not self.films:
@@ -404,18 +422,20 @@ class Films:
         if self.settings.add:
             self.truths = self.films
         self.dtype, self.channels = self.films[0].dtype, self.films[0].shape[2]
+        low, high = min(v.low for v in seen), max(v.high for v in seen)
         self.range = (low, high if high > low else low + 1)
-        width = self.range[1] - self.range[0]
-        self.mean = tuple(float(v) for v in (total / count - self.range[0]) / width)
-        self.std = tuple(float(v) for v in np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0)) / width)
+        width, count = self.range[1] - self.range[0], sum(v.count for v in seen)
+        mean, square = (np.sum([getattr(v, key) for v in seen], axis=0) / count for key in ("total", "squares"))
+        self.mean = tuple(float(v) for v in (mean - low) / width)
+        self.std = tuple(float(v) for v in np.sqrt(np.maximum(square - mean**2, 0)) / width)
         self.train, self.val = self._split(hashed)
         self.sha256 = hashed.hexdigest()
 
     @property
     def sigma(self) -> float | None:
         """Standard deviation of the noise where images are in [0, 1]; None where nobody says."""
-        gaussian = self.settings.sigma is not None and self.settings.add != "poisson"
-        return self.settings.sigma / (self.range[1] - self.range[0]) if gaussian and self.settings.sigma else None
+        sigma = None if self.settings.add == "poisson" else self.settings.sigma
+        return None if sigma is None else sigma / (self.range[1] - self.range[0])
 
     def noisy(self, film: int, index: int) -> Float[Tensor, "C H W"]:
         """A frame as a network is given it, 0 to 1 and, with added noise, a little beyond."""
