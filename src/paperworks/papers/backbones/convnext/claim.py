@@ -1,8 +1,8 @@
 """Claim: with everything else equal, depthwise kernels of 7x7 are better than those of 3x3 (section 2.5).
 
-``paperworks claim convnext``: ten runs of 300 steps on 1,500 photographs of 32 pixels, about four minutes on one core. The arms differ in the
-side of the kernels alone; the larger ones add 6 % to the parameters and about a tenth to the multiply-adds. The net is ``laptop`` with half of its blocks and three
-quarters of its channels, so that five seeds fit.
+``paperworks claim convnext``: ten runs of 300 steps on 1,500 photographs of 32 pixels, about five minutes on one core. The arms differ in the
+side of the kernels alone; the larger ones add 5 % to the parameters and a tenth to the multiply-adds. The net is ``laptop`` with half of
+its blocks and three quarters of its channels, so that there is time for five seeds.
 
 It can fail: one run of 500 validation images has a standard error of about two points, so the gap has to be seen over paired seeds; in the
 last stage, of 2 x 2 cells, a 7x7 kernel mostly sees zeros; and 1,500 images may be too few to train the additional weights.

@@ -8,8 +8,9 @@ learned. With little data that is a handicap against ResNets, with tens of milli
 
 As in the official code (google-research/vision_transformer): LayerNorm with an epsilon of 1e-6, position embeddings from N(0, 0.02), a
 class token from zero, Xavier weights, biases in the projections, SAME padding and weight standardisation in the hybrids' ResNet. Different
-from it: the exact GELU (JAX's ``gelu`` is the tanh approximation; timm and torchvision run the released weights with the exact one), and
-position embeddings are interpolated whenever an image of another size comes, not only when weights are loaded.
+from it: the exact GELU (JAX's ``gelu`` is the tanh approximation; timm and torchvision run the released weights with the exact one), position
+embeddings are interpolated whenever an image of another size comes, not only when weights are loaded, and the last layer of the
+pre-training head starts near zero, not at it.
 
 Shapes: B batch, C image channels, K classes, H W pixels, P side of a patch, h w patches of a column and row, N = h w, D width, L layers,
 A attention heads.
@@ -18,7 +19,7 @@ A attention heads.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 
 import torch
@@ -178,7 +179,8 @@ class ViT(nn.Module):
         self.layers = nn.Sequential(*(Layer(width, config.heads, config.dropout) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         hidden = (nn.Linear(width, width), nn.Tanh()) if config.pretraining else ()
-        self.head = nn.Sequential(*hidden, nn.Linear(width, classes))
+        last = nn.Linear(width, classes)
+        self.head = nn.Sequential(*hidden, last)
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -186,11 +188,11 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.patches.weight, std=(inputs * patch**2) ** -0.5)
         nn.init.zeros_(self.patches.bias)  # pyright: ignore[reportArgumentType]
         nn.init.normal_(self.positions, std=0.02)
-        nn.init.zeros_(self.head[-1].bias)
+        nn.init.zeros_(last.bias)
         if config.pretraining:
-            nn.init.normal_(self.head[-1].weight, std=0.02)
+            nn.init.normal_(last.weight, std=0.02)
         else:
-            nn.init.zeros_(self.head[-1].weight)  # section 3.2
+            nn.init.zeros_(last.weight)  # section 3.2
 
     def embedded(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
         """Eq. 1: the class token and the patches, with their positions."""
@@ -219,6 +221,7 @@ class ViT(nn.Module):
         """Attention weights of every layer and head, for looking at."""
         z, weights = self.embedded(image), []
         for layer in self.layers:
+            assert isinstance(layer, Layer)
             weights.append(layer.msa.attention(layer.norm1(z)))
             z = layer(z)
         return torch.stack(weights)
@@ -263,24 +266,24 @@ def attention_distance(attention: Float[Tensor, "L B A N N"], stride: int) -> Fl
     return stride * (weights * torch.cdist(place, place)).sum(-1).mean((1, 3))
 
 
-LARGE = {"layers": 24, "width": 1024, "heads": 16}
-RESNET_16 = {"patch": 1, "resnet": (3, 4, 9)}
-"""Stage 4's units are moved to stage 3: a stride of 16, and four times as many patches."""
-RESNET_32 = {"patch": 1, "resnet": (3, 4, 6, 3)}
-"""All four stages: a stride of 32."""
+LARGE = Config(layers=24, width=1024, heads=16)
+STAGES_3 = (3, 4, 9)
+"""The fourth stage's units are moved to the third: a stride of 16, and four times as many patches (section 4.1)."""
+STAGES_4 = (3, 4, 6, 3)
+"""ResNet-50 as it is: a stride of 32."""
 VARIANTS = {
     "b/16": Config(),
     "b/32": Config(patch=32),
-    "l/16": Config(**LARGE),
-    "l/32": Config(**LARGE, patch=32),
+    "l/16": LARGE,
+    "l/32": replace(LARGE, patch=32),
     "h/14": Config(layers=32, width=1280, heads=16, patch=14),
-    "r50+b/16": Config(**RESNET_16),
-    "r50+b/32": Config(**RESNET_32),
-    "r50+l/16": Config(**LARGE, **RESNET_16),
-    "r50+l/32": Config(**LARGE, **RESNET_32),
+    "r50+b/16": Config(patch=1, resnet=STAGES_3),
+    "r50+b/32": Config(patch=1, resnet=STAGES_4),
+    "r50+l/16": replace(LARGE, patch=1, resnet=STAGES_3),
+    "r50+l/32": replace(LARGE, patch=1, resnet=STAGES_4),
     "s/16": Config(width=384, heads=6),
     "ti/16": Config(width=192, heads=3),
-    "small": Config(layers=4, width=96, heads=3, patch=None, dropout=0.1, pretraining=True, image_size=None),
+    "small": Config(layers=4, width=96, heads=3, patch=None, pretraining=True, image_size=None),
     "test": Config(layers=2, width=16, heads=2, patch=None, pretraining=True, image_size=None),
 }
 

@@ -75,7 +75,7 @@ def from_torchvision(state: State, config: Config) -> dict[str, Tensor]:
 
 SOURCES: Mapping[str, Callable[[State, Config], dict[str, Tensor]]] = {"timm": from_timm, "torchvision": from_torchvision}
 
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+HALF = (0.5, 0.5, 0.5)
 LICENCE = "Apache-2.0 (Google; ImageNet's own terms are for research)"
 REPOSITORIES = {
     "b/16": "vit_base_patch16_224.orig_in21k_ft_in1k",
@@ -87,5 +87,7 @@ REPOSITORIES = {
     "s/16": "vit_small_patch16_224.augreg_in21k_ft_in1k",
     "ti/16": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
 }
-PUBLISHED = {name: Published(source="timm", repo=f"timm/{repo}", licence=LICENCE, **HALF) for name, repo in REPOSITORIES.items()}
+PUBLISHED = {
+    name: Published(source="timm", repo=f"timm/{repo}", licence=LICENCE, mean=HALF, std=HALF) for name, repo in REPOSITORIES.items()
+}
 """Trained by the authors on ImageNet-21k, converted by timm: ``orig`` in this paper, ``augreg`` in a later one (arXiv 2106.10270)."""
