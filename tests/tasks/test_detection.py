@@ -155,7 +155,7 @@ def test_f1_by_hand():
             (truth[0], 0.9, 0),
             (truth[0], 0.8, 0),  # the same object again
             (truth[1], 0.7, 0),  # of another class
-            (truth[2], 0.4, 1),  # not sure enough
+            (truth[2], 0.2, 1),  # not sure enough
         ]
     )
     sample = {"name": "x", "boxes": truth, "labels": torch.tensor([0, 1, 1]), "crowd": torch.zeros(3, dtype=torch.bool)}

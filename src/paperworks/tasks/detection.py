@@ -49,7 +49,7 @@ Found = dict[str, Tensor]
 """``boxes`` M 4, ``scores`` M and ``labels`` M, best first."""
 Predict = Callable[[Tensor], Found]
 """Image C H W in [0, 1], any size -> what was found in it."""
-CONFIDENT = 0.5
+CONFIDENT = 0.3
 """Detections that score less are written and count for AP, but they are not drawn and do not count for F1."""
 OVERLAP = 0.5
 """Intersection over union from which a detection is that of an object, for F1 and in pictures."""
@@ -88,8 +88,8 @@ class Detection(Task):
         ),
         "ap50": ("AP50: the same where an overlap of 0.5 is enough.", "AP50：同上，但重叠达到 0.5 即算找到。"),
         "f1": (
-            "F1 of the detections that score 0.5 or more, at an overlap of 0.5.",
-            "F1：只看得分不低于 0.5 的检测框，重叠达到 0.5 算找到。",
+            "F1 of the detections that score 0.3 or more, at an overlap of 0.5.",
+            "F1：只看得分不低于 0.3 的检测框，重叠达到 0.5 算找到。",
         ),
         "precision": ("Precision: share of these detections that are right.", "查准率：这些检测框中正确的比例。"),
         "recall": ("Recall: share of the objects that these detections find.", "查全率：被这些检测框找到的目标比例。"),
