@@ -1,6 +1,6 @@
 """Claim: for the same multiply-adds, scaling three dimensions together beats scaling any one of them.
 
-``paperworks claim efficientnet``: twelve runs of 160 steps, about five minutes on one core. The network that is scaled is ``small`` on
+``paperworks claim efficientnet``: twelve runs of 160 steps, about ten minutes on one core. The network that is scaled is ``small`` on
 photographs of 32 pixels brought down to 16; every arm spends four times its multiply-adds: deeper, wider, up to the photographs' real 32
 pixels, or all three by phi = 1.5. Factors were set by counting (channels go up in steps of eight, maps in steps of one), before any run.
 
