@@ -8,7 +8,8 @@ called as ``network(image, view)``.
 **Judging.** Where images have labels, all pairs of validation images are judged as verification does it (same class or not), and each image
 looks for its nearest other. Classes of the validation images need not be those of training: strangers are the rule in verification. Where they
 are, a k-NN vote and a linear classifier are fitted to the embeddings of the training images too. Without any labels each image
-is a class of its own, and a mirrored crop of it has to find it.
+is a class of its own, and a mirrored crop of it has to find it. The metric that counts is the linear probe where there is one, else whether
+the nearest is alike.
 """
 
 from __future__ import annotations
@@ -218,6 +219,7 @@ class Representation(Task):
         self.labelled = any(i.label is not None for i in self.val)
         self.closed = self.labelled and {i.label for i in self.val} <= seen
         """The validation images' classes are known from training."""
+        self.metric = "linear" if self.closed else "retrieval"  # pyright: ignore[reportAttributeAccessIssue]
         self._galleries: WeakKeyDictionary[Predict, Float[Tensor, "N F"]] = WeakKeyDictionary()
         print_ = self.folder.fingerprint
         self.spec = Spec(

@@ -165,9 +165,7 @@ VARIANTS = {
     "v1": Config(),
     "v2": Config(mlp=True, temperature=0.2),
     "cifar": CIFAR,
-    "small": Config(
-        backbone="resnet18", stem="cifar", width=16, queue=1024, key_momentum=0.99, temperature=0.1, mlp=True, splits=8, image_size=None
-    ),
+    "small": Config(backbone="resnet18", width=16, queue=1024, key_momentum=0.99, temperature=0.1, mlp=True, splits=8, image_size=None),
     "test": Config(
         backbone="resnet18", stem="cifar", width=2, dim=8, queue=16, key_momentum=0.9, temperature=0.2, mlp=True, splits=2, image_size=32
     ),

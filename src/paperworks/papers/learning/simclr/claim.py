@@ -1,6 +1,6 @@
 """Claim: crops need colour distortion beside them, and the representation is better before the head than behind it.
 
-``paperworks claim simclr``: six short trainings of a ResNet-18 a quarter as wide as usual on 1,500 photographs of 32 pixels, about five
+``paperworks claim simclr``: six short trainings of the small variant on 1,500 photographs of 32 pixels, about five
 minutes on one core. ``composed`` and ``crop_only`` differ in the colour distortion (jitter and grey) and in nothing else. The first part is the
 paper's figure 5 at one point, the second its section 4.2; a linear probe with the labels judges both. Either may fail.
 """
@@ -24,7 +24,7 @@ CROP_ONLY: dict[str, Any] = {"augment.jitter_chance": 0.0, "augment.grey": 0.0}
 
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one arm and judge h and z with the labels."""
-    trained = lab.fit(variant="small", steps=STEPS, stem="imagenet", width=16, **(CROP_ONLY if arm == "crop_only" else {}))
+    trained = lab.fit(variant="small", steps=STEPS, **(CROP_ONLY if arm == "crop_only" else {}))
     (h, z, label), (h_val, z_val, truth) = (encoded(lab, trained, samples) for samples in (lab.training, lab.validation))
     answers = {
         "linear": linear_probe(h, label, h_val),

@@ -118,7 +118,7 @@ VARIANTS = {
     "r50_2x": Config(width=128),
     "r50_4x": Config(width=256),
     "cifar": Config(backbone="resnet18", stem="cifar", temperature=0.5, image_size=None),
-    "small": Config(backbone="resnet18", stem="cifar", width=16, temperature=0.5, image_size=None),
+    "small": Config(backbone="resnet18", width=16, temperature=0.5, image_size=None),
     "test": Config(backbone="resnet18", stem="cifar", width=2, dim=8, zero_init=False, temperature=0.5, image_size=32),
 }
 
