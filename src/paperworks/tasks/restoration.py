@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -195,7 +195,8 @@ class Restoration(Task):
             "range": list(films.range),
             "mean": [round(m, 6) for m in films.mean],
             "std": [round(s, 6) for s in films.std],
-            "noise": {k: v for k, v in asdict(films.settings).items() if v is not None} | {"sigma_unit": films.sigma},
+            "noise": {k: v for k, v in (("add", films.settings.add), ("grey_values", films.settings.sigma), ("sigma", films.sigma)) if v}
+            or "unknown",
             "truth": bool(films.truths),
             "metric": self.metric,
             "sha256": self.sha256,
