@@ -47,6 +47,8 @@ class Config:
     """Stages whose every other block shifts its windows. The windows of the others hold the whole map of the official crop."""
     strides: tuple[Size, ...] = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
     """Of the convolutions between the stages."""
+    multiple: int = 32
+    """Sides of the input are multiples of it, so that every stage halves even sides."""
     skip_attention: bool = True
     """False: the paper's baseline, in which skip and decoder are added and attend to their sum."""
     deep_supervision: bool = True
@@ -63,15 +65,31 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class Conv(nn.Conv3d):
+    """A convolution that halves an axis of stride 2, with a kernel of 3 or, along axes that it leaves alone, 1 or 3.
+
+    Zeros lie on both sides of an axis of stride 1, and before one of stride 2: its sides are even, so that the kernel never reaches what would
+    lie behind, and the length is plainly half, also to an exporter that knows no more of it than that.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: Size, stride: Size) -> None:
+        super().__init__(inputs, outputs, kernel, stride)
+        self.zeros = [n for k, s in zip(kernel[::-1], stride[::-1]) for n in (k // 2, k // 2 if s == 1 else 0)]
+
+    def forward(self, x: Float[Tensor, "B F D H W"]) -> Float[Tensor, "B G d h w"]:
+        """Pad and convolve."""
+        return super().forward(F.pad(x, self.zeros))
+
+
 class Embedding(nn.Sequential):
     """The embedding layer: four 3x3x3 convolutions where others cut patches; the first and the third have the strides. B C D H W -> tokens."""
 
     def __init__(self, channels: int, dim: int, patch: Size) -> None:
-        first = tuple(min(p, 2) for p in patch)
+        first, one = tuple(min(p, 2) for p in patch), (1, 1, 1)
         layers: list[nn.Module] = []
         widths = (channels, dim // 2, dim // 2, dim, dim)
-        for i, stride in enumerate((first, 1, tuple(p // f for p, f in zip(patch, first)), 1)):
-            layers += [nn.Conv3d(widths[i], widths[i + 1], 3, stride, 1), nn.GELU(), ChannelNorm(widths[i + 1])]
+        for i, stride in enumerate((first, one, tuple(p // f for p, f in zip(patch, first)), one)):
+            layers += [Conv(widths[i], widths[i + 1], (3, 3, 3), stride), nn.GELU(), ChannelNorm(widths[i + 1])]
         del layers[-2]  # the last convolution is normalised as it is
         super().__init__(*layers)
 
@@ -81,9 +99,8 @@ class Down(nn.Module):
 
     def __init__(self, dim: int, stride: Size) -> None:
         super().__init__()
-        kernel = tuple(3 if s > 1 else 1 for s in stride)
         self.norm = nn.LayerNorm(dim)
-        self.conv = nn.Conv3d(dim, 2 * dim, kernel, stride, tuple(k // 2 for k in kernel))
+        self.conv = Conv(dim, 2 * dim, tuple(3 if s > 1 else 1 for s in stride), stride)
 
     def forward(self, x: Float[Tensor, "B D H W F"]) -> Float[Tensor, "B d h w G"]:
         """G = 2F."""
@@ -115,6 +132,15 @@ def join(x: Tensor, window: Size, size: Size) -> Tensor:
     (b, _, _, f), (i, j, k) = x.shape, window
     x = x.view(b, size[0] // i, size[1] // j, size[2] // k, i, j, k, f)
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, *size, f)
+
+
+def roll(x: Tensor, shift: Size, back: bool = False) -> Tensor:
+    """B D H W F with the first ``shift`` tokens of each axis moved to its end, or the last to its beginning."""
+    for axis, first in enumerate(shift, start=1):
+        if first:
+            first = x.shape[axis] - first if back else first
+            x = torch.cat([x.narrow(axis, first, x.shape[axis] - first), x.narrow(axis, 0, first)], axis)
+    return x
 
 
 def offsets(window: Size) -> Int[Tensor, "N N"]:
@@ -152,14 +178,14 @@ class VolumeAttention(nn.Module):
         score = score.masked_fill(self._apart(size, x.device)[:, None], float("-inf"))
         tokens = self.out((score.softmax(-1) @ v).transpose(-2, -3).flatten(-2))
         filled = tuple(n + -n % w for n, w in zip(size, self.window))
-        x = join(tokens, self.window, filled).roll(self.shift, (1, 2, 3))
+        x = roll(join(tokens, self.window, filled), self.shift, back=True)
         return x[:, : size[0], : size[1], : size[2]]
 
     def _windows(self, x: Tensor) -> Tensor:
         """Fill up to whole windows, shift, cut: B D H W F -> B n N F."""
         missing = [-n % w for n, w in zip(x.shape[1:4], self.window)]
         x = F.pad(x, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
-        return split(x.roll([-s for s in self.shift], (1, 2, 3)), self.window)
+        return split(roll(x, self.shift), self.window)
 
     def _apart(self, size: Size, device: torch.device) -> Bool[Tensor, "n N N"]:
         """Pairs of a window that must not see each other: one was rolled in from the volume's other end, or fills the window up only."""
@@ -228,7 +254,7 @@ class NNFormer(nn.Module):
         self.decoder = nn.ModuleList(blocks(i, config.decoder_heads[i], rates, asked) for i, rates in enumerate(falling))
         answered = range(stages - 1 if config.deep_supervision else 1)
         self.expand = nn.ModuleList(nn.ConvTranspose3d(dims[i], classes, config.patch, config.patch) for i in answered)
-        self.grid = Grid(max(patch * prod(steps) for patch, *steps in zip(config.patch, *config.strides)))
+        self.grid = Grid(config.multiple)
 
     def forward(self, image: Float[Tensor, "B C D H W"]) -> Output:
         """``logits`` B K D H W; while it is trained with deep supervision also ``logits_1``, ``logits_2`` of the coarser stages."""
@@ -292,8 +318,8 @@ VARIANTS = {
         strides=((2, 2, 2), (2, 2, 2)), drop_path=0.0,
     ),
     "test": Config(
-        dim=4, depths=(2, 2, 2), heads=(1, 2, 2), decoder_heads=(1, 2), patch=(2, 2, 2),
-        windows=((2, 2, 2), (2, 2, 2), (2, 2, 2)), local=1, strides=((2, 2, 2), (2, 2, 2)),
+        dim=8, depths=(2, 2, 2), heads=(1, 2, 2), decoder_heads=(1, 2), patch=(2, 2, 2),
+        windows=((2, 2, 2), (2, 2, 2), (2, 2, 2)), local=1, strides=((2, 2, 2), (2, 2, 2)), multiple=16,
     ),
 }  # fmt: skip
 CROPS = {"synapse": 64 * 128 * 128, "tumour": 128**3, "acdc": 14 * 160 * 160}
