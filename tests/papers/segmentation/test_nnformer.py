@@ -220,7 +220,7 @@ def test_the_global_window_sees_all_and_the_local_one_does_not(network, evidence
 
 def test_skips_answer_and_do_not_ask(evidence):
     torch.manual_seed(0)
-    block = SkipBlock(4, 1, (2, 2, 2), 0.0, asked=True).double()
+    block = SkipBlock(4, VolumeAttention(4, 1, (2, 2, 2), asked=True), 0.0).double()
     assert block.attention.project.out_features == 8  # keys and values; queries are not projected
     skip, up = torch.randn(2, 1, 2, 2, 2, 4).double()
     found = block(skip, up)

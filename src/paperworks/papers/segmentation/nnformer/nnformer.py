@@ -156,9 +156,10 @@ class VolumeAttention(nn.Module):
     With ``asked`` it is skip attention: queries come from outside and as they are, keys and values from the tokens.
     """
 
-    def __init__(self, dim: int, heads: int, window: Size, *, shifted: bool = False, asked: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, window: Size, *, shifted: bool = False, asked: bool = False, even: bool = False) -> None:
+        """``even``: windows always come out even, nothing is to be filled up."""
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads, self.window, self.even = heads, window, even
         self.shift = tuple(n // 2 if shifted else 0 for n in window)
         self.project = nn.Linear(dim, (2 if asked else 3) * dim)
         self.out = nn.Linear(dim, dim)
@@ -177,23 +178,26 @@ class VolumeAttention(nn.Module):
         score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + self.bias[:, self.offsets]
         score = score.masked_fill(self._apart(size, x.device)[:, None], float("-inf"))
         tokens = self.out((score.softmax(-1) @ v).transpose(-2, -3).flatten(-2))
-        filled = tuple(n + -n % w for n, w in zip(size, self.window))
-        x = roll(join(tokens, self.window, filled), self.shift, back=True)
-        return x[:, : size[0], : size[1], : size[2]]
+        x = roll(join(tokens, self.window, self._filled(size)), self.shift, back=True)
+        return x if self.even else x[:, : size[0], : size[1], : size[2]]
+
+    def _filled(self, size: Size) -> Size:
+        """Sides of whole windows."""
+        return size if self.even else tuple(n + -n % w for n, w in zip(size, self.window))
 
     def _windows(self, x: Tensor) -> Tensor:
         """Fill up to whole windows, shift, cut: B D H W F -> B n N F."""
-        missing = [-n % w for n, w in zip(x.shape[1:4], self.window)]
-        x = F.pad(x, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
+        if not self.even:
+            missing = [-n % w for n, w in zip(x.shape[1:4], self.window)]
+            x = F.pad(x, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
         return split(roll(x, self.shift), self.window)
 
     def _apart(self, size: Size, device: torch.device) -> Bool[Tensor, "n N N"]:
         """Pairs of a window that must not see each other: one was rolled in from the volume's other end, or fills the window up only."""
         kinds = []
-        for n, window, shift in zip(size, self.window, self.shift):
-            whole = n + -n % window
-            place = (torch.arange(whole, device=device) + shift) % whole  # where the token at each place came from
-            kinds.append((place >= n) * 2 + (place < shift) * 1)
+        for n, whole, shift in zip(size, self._filled(size), self.shift):
+            place = torch.arange(whole, device=device)  # of the tokens after the shift: the first ones now lie at the end
+            kinds.append((place >= whole - shift) * 1 + ((place >= n - shift) & (place < whole - shift)) * 2)
         kind = (kinds[0][:, None, None] * 4 + kinds[1][:, None]) * 4 + kinds[2]
         token = split(kind[None, ..., None], self.window)[0, :, :, 0]  # n N
         return token[:, :, None] != token[:, None, :]
@@ -202,10 +206,10 @@ class VolumeAttention(nn.Module):
 class Block(nn.Module):
     """A transformer block: attention, then a perceptron of four times the features, each normalised before and added."""
 
-    def __init__(self, dim: int, heads: int, window: Size, drop: float, *, shifted: bool = False, asked: bool = False) -> None:
+    def __init__(self, dim: int, attention: VolumeAttention, drop: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = VolumeAttention(dim, heads, window, shifted=shifted, asked=asked)
+        self.attention = attention
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.drop_path = StochasticDepth(drop, "row")
@@ -237,12 +241,16 @@ class NNFormer(nn.Module):
             return list(map(list, torch.linspace(0, config.drop_path, sum(depths), device="cpu").split(depths)))
 
         def blocks(i: int, heads: int, rates: list[float], first: type[Block] = Block) -> nn.ModuleList:
-            shifts = [j % 2 == 1 and i < config.local for j in range(len(rates))]
-            kinds = [first, *[Block] * (len(rates) - 1)]
-            return nn.ModuleList(
-                kind(dims[i], heads, config.windows[i], float(rate), shifted=shift, asked=kind is SkipBlock)
-                for kind, rate, shift in zip(kinds, rates, shifts)
-            )
+            dim, window = dims[i], config.windows[i]
+            tokens = [config.multiple // (p * prod(steps[:i])) for p, *steps in zip(config.patch, *config.strides)]  # of the smallest input
+            even = all(n % w == 0 for n, w in zip(tokens, window))
+            made = []
+            for j, rate in enumerate(rates):
+                kind = first if j == 0 else Block
+                shifted = j % 2 == 1 and i < config.local
+                attention = VolumeAttention(dim, heads, window, shifted=shifted, asked=kind is SkipBlock, even=even)
+                made.append(kind(dim, attention, float(rate)))
+            return nn.ModuleList(made)
 
         self.embedding = Embedding(channels, config.dim, config.patch)
         self.encoder = nn.ModuleList(blocks(i, config.heads[i], rates) for i, rates in enumerate(drops(config.depths)))
