@@ -81,7 +81,7 @@ class Bench:
             budget={"seconds": None, "steps": steps, "epochs": None},
         )
         key = hashlib.sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()[:8]
-        folder = self.out / "runs" / f"{request.paper}_{variant}_seed{self.seed}_{key}"
+        folder = self.out / "runs" / f"{request.paper}_{variant.replace('/', '-')}_seed{self.seed}_{key}"
         run = fit(
             request,
             folder,

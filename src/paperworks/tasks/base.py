@@ -161,7 +161,7 @@ class Method:
 def override(settings: Mapping[str, Any], *targets: Any) -> tuple[Any, ...]:
     """Put each setting into the first of the dataclasses ``targets`` that has a field of that name.
 
-    Values that are strings are read as the type of the field's present value. ``augment.elastic=5`` reaches into a field.
+    Values that are strings are read as the type of the field's present value, or as its annotation says where that is None. ``augment.elastic=5`` reaches into a field.
 
     Raises:
         ValueError: no target has such a field, or the value does not fit it. The message names the fields there are.
@@ -174,8 +174,9 @@ def override(settings: Mapping[str, Any], *targets: Any) -> tuple[Any, ...]:
             if head not in names:
                 continue
             present = getattr(target, head)
-            new = override({rest: value}, present)[0] if rest else _read(key, value, present)
-            choices = get_args(hint) if get_origin(hint := get_type_hints(type(target))[head]) is Literal else (new,)
+            hint = get_type_hints(type(target))[head]
+            new = override({rest: value}, present)[0] if rest else _read(key, value, present, hint)
+            choices = get_args(hint) if get_origin(hint) is Literal else (new,)
             if new not in choices:
                 raise ValueError(f"{key}={new} is not one of {', '.join(map(str, choices))}")
             out[i] = dataclasses.replace(target, **{head: new})
@@ -186,7 +187,7 @@ def override(settings: Mapping[str, Any], *targets: Any) -> tuple[Any, ...]:
     return tuple(out)
 
 
-def _read(key: str, value: Any, present: Any) -> Any:
+def _read(key: str, value: Any, present: Any, hint: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lower() in ("none", "null"):
@@ -196,8 +197,10 @@ def _read(key: str, value: Any, present: Any) -> Any:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
         if isinstance(present, int):
             return int(value)
-        if isinstance(present, float) or present is None:
+        if isinstance(present, float):
             return float(value)
+        if present is None:
+            return next((kind(value) for kind in (int, float) if kind in get_args(hint)), value)
         if isinstance(present, tuple):
             kind = type(present[0]) if present else float
             return tuple(kind(v) for v in value.split(","))
