@@ -326,8 +326,8 @@ VARIANTS = {
         strides=((2, 2, 2), (2, 2, 2)), drop_path=0.0,
     ),
     "test": Config(
-        dim=8, depths=(2, 2, 2), heads=(1, 2, 2), decoder_heads=(1, 2), patch=(2, 2, 2),
-        windows=((2, 2, 2), (2, 2, 2), (2, 2, 2)), local=1, strides=((2, 2, 2), (2, 2, 2)), multiple=16,
+        dim=8, depths=(2, 2), heads=(1, 2), decoder_heads=(1,), patch=(2, 2, 2), windows=((2, 2, 2), (2, 2, 2)), local=1,
+        strides=((2, 2, 2),), multiple=8,
     ),
 }  # fmt: skip
 CROPS = {"synapse": 64 * 128 * 128, "tumour": 128**3, "acdc": 14 * 160 * 160}
