@@ -78,7 +78,8 @@ def measure(
         tell(f"latency, batch {batch}")
         slowest = max((t["p50"] for times in latency.values() if (t := times.get("1"))), default=0.0)
         bearable = batch * slowest <= 4e3 * seconds
-        timed = _latency(forms, image.expand(batch, *shape).contiguous(), seconds) if bearable else {}
+        able = {name: form for name, form in forms.items() if batch == 1 or name != "onnxruntime" or not task.single}
+        timed = _latency(able, image.expand(batch, *shape).contiguous(), seconds) if bearable else {}
         for form in forms:
             latency[form][str(batch)] = timed.get(form)
 
@@ -164,6 +165,7 @@ def measure_subject(
                 grid=deployed.grid,
                 spec_json=described,
                 names={"paper": name, "variant": variant},
+                single=kind.single,
             )
         except (ExportError, InputError) as error:
             exported, found["onnx"] = None, str(error)
