@@ -40,7 +40,14 @@ def make_paper(id: str, task: str, section: str) -> list[Path]:
 
     files = {folder / template.name.replace("ID", id): template for template in sorted(TEMPLATES.iterdir())}
     files = {test if path.name == f"test_{id}.py.txt" else path.with_suffix(""): template for path, template in files.items()}
-    facts = {"id": id, "task": task, "section": section, "folder": folder.relative_to(root).as_posix(), "pack": kind.pack, "metric": kind.metric}
+    facts = {
+        "id": id,
+        "task": task,
+        "section": section,
+        "folder": folder.relative_to(root).as_posix(),
+        "pack": kind.pack,
+        "metric": kind.metric,
+    }
     texts = {path: Template(template.read_text(encoding="utf-8")).substitute(facts) for path, template in files.items()}
     if not (beginning := folder.parent / "__init__.py").exists():
         texts = {beginning: f'"""{section.replace("_", " ").capitalize()} papers."""\n', **texts}
