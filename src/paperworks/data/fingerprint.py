@@ -187,7 +187,7 @@ def summarise(scans: Sequence[Scan], channels: int, spacing: tuple[float, ...] |
         mean=tuple(float(m) for m in mean),
         std=tuple(float(s) for s in std),
         range=(low, high),
-        spacing=tuple(np.median([s.spacing for s in scans], 0).tolist()) if scans[0].spacing else spacing,
+        spacing=tuple(np.median([s.spacing for s in scans if s.spacing], 0).tolist()) if scans[0].spacing else spacing,
         sha256=content,
     )
 

@@ -133,15 +133,17 @@ def _open(path: Path) -> Any:
     """Header only; the voxels are read when they are asked for."""
     try:
         import nibabel
+        from nibabel.filebasedimages import ImageFileError
     except ImportError:
         raise InputError(f"{path} is NIfTI, which needs nibabel; install it with: pip install 'paperworks[medical]'") from None
     if path.is_dir():
         raise IsADirectoryError(path)
     try:
-        image = nibabel.load(path)
-    except nibabel.filebasedimages.ImageFileError:
+        loaded = nibabel.load(path)
+    except ImageFileError:
         raise InputError(f"{path} is empty, damaged or no NIfTI volume; copy or export it again") from None
-    if not isinstance(image, nibabel.Nifti1Image):
+    image: Any = loaded
+    if not isinstance(loaded, nibabel.Nifti1Image):
         raise InputError(f"{path} is no NIfTI volume of one file ({type(image).__name__}); convert it to .nii.gz")
     if image.ndim < 3 or image.get_data_dtype().fields is not None:
         raise InputError(f"{path} holds a picture (shape {image.shape}, {image.get_data_dtype()}); give a volume of numbers")

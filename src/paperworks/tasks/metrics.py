@@ -74,7 +74,7 @@ class SegmentationScores:
         if mask.ndim == 3:
             diagonal = float(np.linalg.norm(np.multiply(mask.shape, spacing or 1.0)))
             distances = np.array(
-                [np.nan if c == self.background else hd95(*((m == c) & valid for m in (guess, truth)), spacing) for c in range(n)]
+                [np.nan if c == self.background else hd95((guess == c) & valid, (truth == c) & valid, spacing) for c in range(n)]
             )
             counts["distances"] = np.array([np.nan_to_num(distances, nan=0.0, posinf=diagonal), ~np.isnan(distances)], np.float64)
         if self.instances:

@@ -10,6 +10,9 @@ each offset has its own. The ACDC network cuts 14 slices to 7 and 3; here depth 
 
 Shapes: B batch, C image channels, K classes, F features, D H W the axes (of tokens from the embedding on), N tokens of a window, n windows.
 """
+# Pyright cannot see that tuples made of three things by zip have three, nor what the lists of modules hold; Liskov is not meant by SkipBlock.
+# pyright: reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false, reportIncompatibleMethodOverride=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
