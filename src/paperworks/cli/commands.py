@@ -234,6 +234,8 @@ def train(
         )
     from paperworks.cli.tables import metrics_table
 
+    if not run.finished:  # a process of several: the first one has written everything
+        return
     metrics_table(run.record["metrics"])
     print(f"model    {run.folder / 'model.safetensors'}\npictures {run.folder / 'pictures' / 'final.png'}")
     print(f"predict  paperworks predict {run.folder} IMAGES --out DIR")
@@ -306,7 +308,7 @@ def predict(
     with counting("predicting") as progress:
         written = predict_files(model, inputs, out, options, progress=progress)
     print(f"{len(written)} {'file' if len(written) == 1 else 'files'} in {out}")
-    if model.spec.classes:
+    if model.spec.task == "segmentation":
         print("class indexes: " + ", ".join(f"{i} {name}" for i, name in enumerate(model.spec.classes)))
 
 
@@ -359,6 +361,30 @@ def explain(
     if as_json:
         return _print_json(found)
     print(f"{len(found)} {'picture' if len(found) == 1 else 'pictures'} in {out}")
+
+
+@app.command()
+def acquire(
+    run: Annotated[str, typer.Argument(help="A run folder; its network has dropout.", metavar="RUN")],
+    inputs: Annotated[list[Path], typer.Argument(help="Unlabelled images or folders of them.", metavar="INPUT...")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for acquire.csv and acquire.png.")],
+    size: Annotated[int, typer.Option("--n", help="How many to label next.")] = 10,
+    name: Annotated[str | None, typer.Option("--with", help="What chooses; default: the first that a paper offers.")] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Which unlabelled images to label next: those whose labels, taken together, tell most.
+
+    Example: paperworks acquire runs/first ./unlabelled --n 10 --out next
+    """
+    from paperworks.cli.progress import counting
+    from paperworks.export.acquire import acquire_files
+
+    with counting("asking") as progress:
+        rows = acquire_files(run, inputs, out, size=size, name=name, settings=_settings(settings), progress=progress)
+    if as_json:
+        return _print_json(rows)
+    print(f"{len(rows)} to label, in order: {out / 'acquire.csv'}")
 
 
 @app.command()

@@ -25,6 +25,9 @@ QUICK_SECONDS = 1.0
 GOOD_SHARE = 0.8
 """... and reaches this share of what the best paper of its task reaches on the same pack."""
 
+GOOD_FROM = {"segmentation": 0.8, "classification": 0.8, "detection": 0.4, "representation": 0.7}
+"""... and this value of its task's metric, from which on people would use it; tasks whose metric has no such place are not named."""
+
 
 def current_code(card: papers.Card, level: str) -> str:
     """Hash of the code that a piece of evidence depends on."""
@@ -101,7 +104,8 @@ def _verdict(card: papers.Card, level: int, found: dict[str, Any]) -> str:
     latency = min(
         (form["1"]["p50"] for form in ((found["cost"] or {}).get("latency_ms") or {}).values() if form.get("1")), default=math.inf
     )
-    good = _share_of_best(usable, _recorded(card.task, usable["pack"], evidence.results_root())) >= GOOD_SHARE
+    enough = usable["value"] >= GOOD_FROM.get(card.task, -math.inf)
+    good = enough and _share_of_best(usable, _recorded(card.task, usable["pack"], evidence.results_root())) >= GOOD_SHARE
     return "deployable" if level == 4 and good and exported and latency < 1000 * QUICK_SECONDS else "buildable"
 
 
