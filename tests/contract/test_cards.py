@@ -42,8 +42,9 @@ def test_texts(card):
         assert_text(where, dict(getattr(card, where)))
     for name, variant in card.variants.items():
         assert_text(f"variants.{name}.about", variant.get("about", {}))
-    for name, method in card.methods.items():
-        assert_text(f"methods.{name}.about", method.get("about", {}))
+    for offers in ("methods", "explainers", "acquirers"):
+        for name, offer in getattr(card, offers).items():
+            assert_text(f"{offers}.{name}.about", offer.get("about", {}))
 
 
 def test_links_and_licences(card):
@@ -90,8 +91,9 @@ def test_numbers_are_found():
 
 
 def test_code_agrees(card):
-    if card.methods:
-        assert set(card.methods) == set(papers.module(card.id).METHODS), "card.toml and METHODS differ"
+    for offers in ("methods", "explainers", "acquirers"):
+        if named := getattr(card, offers):
+            assert set(named) == set(getattr(papers.module(card.id), offers.upper())), f"card.toml and {offers.upper()} differ"
     if card.variants:
         paper = papers.paper(card.id)
         assert set(card.variants) == set(paper.variants), "card.toml and VARIANTS differ"

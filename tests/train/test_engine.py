@@ -244,3 +244,14 @@ def test_schedules() -> None:
     assert step == pytest.approx([1] * 5 + [0.1] * 3 + [0.01] * 2)
     assert schedule(Recipe(schedule="poly", warmup=0), 50, 100) == pytest.approx(0.5**0.9)
     assert schedule(Recipe(schedule="constant", warmup=0), 99, 100) == 1
+
+
+def test_images_are_refused_where_a_paper_takes_volumes_only(blobs: Path, tmp_path: Path) -> None:
+    from paperworks import papers
+
+    name = next((c.id for c in papers.cards().values() if c.task == "segmentation" and 2 not in c.ndim), None)
+    if name is None:
+        pytest.skip("no paper of the archive takes volumes only")
+    with pytest.raises(InputError, match=f"{name} takes volumes, and .* holds images"):
+        fit(name, blobs, tmp_path / "run", variant="test", steps=1)
+    assert not (tmp_path / "run").exists()

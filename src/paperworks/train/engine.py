@@ -294,6 +294,11 @@ def _open_run(request: Request, out: Path, data: Task, resume: bool) -> Run:
             f"{out} is not empty; take another --out" + (", or --resume to go on with it" if (out / "run.json").exists() else "")
         )
     configure(request.paper, request.variant, request.settings)
+    if data.spec.ndim not in (known := papers.card(request.paper).ndim):
+        raise InputError(
+            f"{request.paper} takes {' and '.join('volumes' if n == 3 else 'images' for n in known)}, and {data.source} holds "
+            f"{'volumes' if data.spec.ndim == 3 else 'images'}; `paperworks list --task {data.name}` names the papers there are"
+        )
     record = {
         "format": FORMAT,
         "request": asked,

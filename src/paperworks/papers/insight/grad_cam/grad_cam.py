@@ -218,7 +218,7 @@ def box(heat: Float[Tensor, "S T"], share: float = 0.15) -> tuple[int, int, int,
     A map without any heat gives the whole image.
     """
     values = heat.cpu().numpy()
-    parts, count = ndimage.label(values > share * values.max())
+    parts, count = ndimage.label(values > share * values.max())  # type: ignore[misc]
     if not count:
         return 0, 0, values.shape[1], values.shape[0]
     largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
