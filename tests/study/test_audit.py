@@ -81,3 +81,16 @@ def test_other_code_is_stale(results: Path) -> None:
     record("unet")
     evidence.record("unet", "claim", "0123456789abcdef", GOOD["claim"])
     assert audit("unet")["stale_evidence"] == ["claim"] and audit("unet")["level"] == 4
+
+
+def test_what_explains_is_shown_on_a_network_of_another_paper(results: Path) -> None:
+    """A tool has no value of its own: it is deployable at level 4 when it is quick."""
+    tools = [card.id for card in papers.cards().values() if card.explainers and not card.variants]
+    assert tools
+    for name in tools:
+        assert study.check_builds(name) == ({}, [])
+        usable = {"pack": "pack:a", "shown_with": papers.card(name).shown_with, "files": 8, "problems": []}
+        record(name, usable=usable)
+        assert audit(name)["level"] == 4 and audit(name)["verdict"] == "deployable"
+        record(name, usable=usable, cost={"latency_ms": {"explain": {"1": {"p50": 5000.0}}}})
+        assert audit(name)["verdict"] == "buildable"

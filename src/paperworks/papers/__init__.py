@@ -42,6 +42,8 @@ class Card:
     arxiv: str = ""
     pack: str = ""
     """The data on which the paper shows that it is usable; default: its task's."""
+    shown_with: str = ""
+    """The paper on whose trained network a paper without a network of its own shows that it is usable."""
     ndim: tuple[int, ...] = (2,)
     links: Mapping[str, str] = field(default_factory=dict)
     licence: Mapping[str, str] = field(default_factory=dict)

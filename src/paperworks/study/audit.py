@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paperworks import evidence, papers
+from paperworks.errors import InputError
 
 if TYPE_CHECKING:
     from paperworks.tasks.base import Spec
@@ -98,12 +100,14 @@ def _verdict(card: papers.Card, level: int, found: dict[str, Any]) -> str:
     if card.verdict_override:
         return card.verdict_override["verdict"]
     usable = found["usable"] or {}
-    if level < 3 or not usable or not _better(usable, usable["value"], usable["baseline"]):
+    if level < 3 or not usable or ("value" in usable and not _better(usable, usable["value"], usable["baseline"])):
         return "watch"
     exported = (usable.get("export") or {}).get("relative_error", math.inf) < FAITHFUL
     latency = min(
         (form["1"]["p50"] for form in ((found["cost"] or {}).get("latency_ms") or {}).values() if form.get("1")), default=math.inf
     )
+    if "value" not in usable:  # it explains what others answer
+        return "deployable" if level == 4 and latency < 1000 * QUICK_SECONDS else "buildable"
     enough = usable["value"] >= GOOD_FROM.get(card.task, -math.inf)
     good = enough and _share_of_best(usable, _recorded(card.task, usable["pack"], evidence.results_root())) >= GOOD_SHARE
     return "deployable" if level == 4 and good and exported and latency < 1000 * QUICK_SECONDS else "buildable"
@@ -137,7 +141,10 @@ def check_builds(name: str) -> tuple[dict[str, int], list[str]]:
     """
     import torch
 
-    card, paper = papers.card(name), papers.paper(name)
+    card = papers.card(name)
+    if not card.variants:
+        return {}, _check_explainers(card)
+    paper = papers.paper(name)
     problems, counts = [], {}
     if set(card.variants) != set(paper.variants):
         problems.append(f"card.toml and VARIANTS differ: {sorted(set(card.variants) ^ set(paper.variants))}")
@@ -150,6 +157,32 @@ def check_builds(name: str) -> tuple[dict[str, int], list[str]]:
             problems.append(f"{variant} has {counts[variant]:,} parameters, the card says {stated.get('params')}")
     problems += _check_step(name, paper.variants["test"])
     return counts, problems
+
+
+def _check_explainers(card: papers.Card) -> list[str]:
+    """Run each of a tool's offers on an untrained network."""
+    import torch
+
+    from paperworks.tasks import task
+
+    kind, paper = task(card.task), papers.paper(card.shown_with)
+    spec = kind.plain_spec(3, 3)
+    torch.manual_seed(0)
+    network = paper.build(spec, paper.variants["test"]).eval()
+    given = kind.plain_batch(network, spec)["image"]
+    problems, refused = [], 0
+    for name in card.explainers:
+        explainer = papers.explainer(card.task, name)
+        try:
+            heat = explainer.build(explainer.config)(network, given, 1)
+        except InputError:  # it says that this network is not for it
+            refused += 1
+            continue
+        if heat.shape != (len(given), *given.shape[2:]) or not torch.isfinite(heat).all() or heat.min() < 0:
+            problems.append(f"{name} gives {tuple(heat.shape)} from {float(heat.min()):.3g} on for inputs {tuple(given.shape)}")
+    if refused == len(card.explainers):
+        problems.append(f"nothing of it works with {card.shown_with}")
+    return problems
 
 
 def stated_spec(name: str, stated: Mapping[str, Any]) -> Spec:
@@ -199,6 +232,41 @@ def record_builds(name: str) -> dict[str, Any]:
 # Level 4
 
 
+def record_explains(name: str, out: Path, *, budget: float, listener: Any = None) -> dict[str, Any]:
+    """Train the network that the card names, explain its answers for files of the pack; keep costs and a picture in ``results/``."""
+    from paperworks.evidence import results_root
+    from paperworks.export.explain import explain_files
+    from paperworks.files import atomic
+    from paperworks.tasks import task
+    from paperworks.tasks.environment import hardware, versions
+    from paperworks.train.api import fit
+
+    card = papers.card(name)
+    kind = task(card.task)
+    data = kind(card.pack or kind.pack)
+    run = fit(card.shown_with, data.source, out / "run", budget=budget, opened=data, listener=listener)
+    files = data.files(data.val[:8])
+    started = time.perf_counter()
+    found = explain_files(run.folder, files, out / "explained", name=next(iter(card.explainers)))
+    seconds = (time.perf_counter() - started) / len(files)
+    code = current_code(card, "usable")
+    with atomic(results_root() / name / "usable.png") as temporary:
+        temporary.write_bytes(Path(found[0]["picture"]).read_bytes())
+    content = {
+        "pack": data.source,
+        "shown_with": card.shown_with,
+        "variant": run.record["request"]["variant"],
+        "budget_seconds": budget,
+        "files": len(found),
+        "hardware": hardware(),
+        "problems": [] if len(found) == len(files) else [f"explained {len(found)} of {len(files)} files"],
+    }
+    evidence.record(name, "usable", code, content)
+    cost = {"latency_ms": {"explain": {"1": {"p50": 1000 * seconds, "n": len(files)}}}, "hardware": hardware(), "versions": versions()}
+    evidence.record(name, "cost", code, {"variant": content["variant"], **cost})
+    return content
+
+
 def record_usable(name: str, out: Path, *, budget: float, listener: Any = None) -> dict[str, Any]:
     """Train on the task's pack, predict its validation images from files, export, predict again; keep outcome, costs and picture in ``results/``."""
     from paperworks.evidence import results_root
@@ -211,6 +279,8 @@ def record_usable(name: str, out: Path, *, budget: float, listener: Any = None) 
     from paperworks.train.api import fit
 
     card = papers.card(name)
+    if not card.variants:
+        return record_explains(name, out, budget=budget, listener=listener)
     kind = task(card.task)
     source = card.pack or kind.pack
     data = kind(source)
