@@ -240,3 +240,9 @@ def test_too_few_images(tmp_path):
     paint(tmp_path / "only.png", 0, 0)
     with pytest.raises(InputError, match="add images"):
         Representation(tmp_path)
+
+
+def test_linear_probe_takes_what_was_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        bank, label = torch.eye(4).repeat(3, 1), torch.arange(4).repeat(3)
+    assert torch.equal(linear_probe(bank, label, torch.eye(4)), torch.arange(4))

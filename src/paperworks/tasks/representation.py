@@ -135,7 +135,7 @@ def nearest_vote(bank: Float[Tensor, "M F"], label: Int[Tensor, " M"], x: Float[
 def linear_probe(bank: Float[Tensor, "M F"], label: Int[Tensor, " M"], x: Float[Tensor, "N F"]) -> Int[Tensor, " N"]:
     """Logistic regression on standardised embeddings, fitted to the end with a little weight decay; there is no chance in it."""
     mean, std = bank.mean(0), bank.std(0).clamp_min(1e-6)
-    bank, x = (bank - mean) / std, (x - mean) / std
+    bank, x, label = (bank - mean) / std, (x - mean) / std, label.clone()  # autograd takes nothing that was made in inference mode
     weight = torch.zeros(bank.shape[1] + 1, int(label.max()) + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 
