@@ -177,11 +177,11 @@ def test_the_way_of_a_new_paper(copy):
     }, unrecorded.stdout
     assert "record with: pytest tests/contract/test_golden.py -k my_paper --record" in unrecorded.stdout
 
-    golden_tests = ("pytest", "tests/contract/test_golden.py", "--tb=line", "-p", "no:cacheprovider")
+    golden_tests = ("pytest", "tests/contract/test_golden.py", "-k", "my_paper", "--tb=line", "-p", "no:cacheprovider")
     recorded = run(copy, *golden_tests, "--record")
     assert recorded.returncode == 0, recorded.stdout
     golden = copy / "tests/golden/my_paper.json"
-    assert set(json.loads(golden.read_text())) == {"logits", "losses"}
+    assert set(json.loads(golden.read_text())) == {"outputs", "losses"}
 
     module = copy / "src/paperworks/papers/segmentation/my_paper/my_paper.py"
     module.write_text(module.read_text().replace("nn.ReLU()", "nn.ReLU6()").replace("return Recipe()", "return Recipe(lr=1.2e-3)"))

@@ -389,7 +389,7 @@ def _pictures(
                 view = {k: _embed(entry.get(k), folder) for k in shown}
                 views.append({"method": m, "value": decimal(entry.get(metric)), "pictures": view})
         given = {k: _embed(picture.get(k), folder) for k in ("input", "truth")}
-        out.append({"name": str(picture.get("name") or ""), "views": views, **given})
+        out.append({"name": str(picture.get("name") or ""), "views": views, "has_truth": bool(picture.get("truth")), **given})
     return out
 
 
