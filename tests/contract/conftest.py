@@ -63,7 +63,7 @@ class Subject:
 
     @property
     def loss(self) -> Loss:
-        return self.paper.loss(self.config) if self.paper.loss else self.task.loss
+        return self.task.loss_of(self.paper, self.config)
 
     def spec(self, channels: int = 1, classes: int = 3, ndim: int | None = None) -> Any:
         return self.task.plain_spec(channels, classes, ndim or self.card.ndim[0])

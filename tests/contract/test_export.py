@@ -21,13 +21,21 @@ def lively(network: nn.Module) -> nn.Module:
     return network
 
 
+def answers(deployed: nn.Module, kind, spec) -> bool:
+    """Whether the input matters: a constant would agree with anything."""
+    with torch.inference_mode():
+        pair = [deployed(kind.example(spec, deployed.grid, seed=seed)) for seed in (0, 1)]
+    first, second = (given if isinstance(given, torch.Tensor) else given[0] for given in pair)
+    return first.shape != second.shape or float((first.float() - second.float()).abs().max()) > 1e-4
+
+
 def test_exports(subject, tmp_path):
     kind = subject.task
     if not kind.outputs:
         pytest.skip("networks of this task are not exported")
     spec = subject.spec()
-    network = lively(subject.network())
-    deployed = kind.deploy(network, spec).eval()
+    candidates = (kind.deploy(network, spec).eval() for network in (lively(subject.network()), subject.filled()))
+    deployed = next(c for c in candidates if answers(c, kind, spec))
     report = export_onnx(
         deployed,
         tmp_path / "model.onnx",
@@ -40,7 +48,6 @@ def test_exports(subject, tmp_path):
     )
     assert report.relative_error < 1e-4
     exported = load_onnx(tmp_path / "model.onnx")
-    outputs = []
     for seed, sides in enumerate(((100, 65, 20), (40, 101, 30))):
         given = kind.example(spec, deployed.grid, size=sides[: spec.ndim], batch=1 if kind.single else 2, seed=seed)
         with torch.inference_mode():
@@ -50,5 +57,3 @@ def test_exports(subject, tmp_path):
         for ours, theirs in zip(found, expected):
             assert ours.shape == theirs.shape
             assert (ours.double() - theirs.double()).norm() <= 1e-4 * theirs.double().norm()
-        outputs.append(expected[0].flatten()[:8])
-    assert not torch.equal(*outputs)  # the input matters; a constant would agree with anything

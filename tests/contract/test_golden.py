@@ -62,7 +62,7 @@ def test_loss_curve(subject, golden, fill):
     spec = subject.spec(channels=2, classes=2)
     learner = Learner(network, subject.task, subject.loss, recipe, spec, mean, std, build_optimizer(network, recipe), average=None, seed=0)
     losses = [float(learner.step(Backward, dict(batch), step, STEPS)["loss"]) for step in range(STEPS)]
-    assert min(losses[1:]) < losses[0], "twenty steps on four samples taught nothing"
+    assert losses[-1] < losses[0], "twenty steps on four samples taught nothing"
     golden("losses", losses, tolerance=1e-3)
 
 

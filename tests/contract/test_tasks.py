@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from paperworks import papers, tasks
+from paperworks import tasks
 from paperworks.data.packs import source_path
 from paperworks.errors import InputError
 from paperworks.tasks import task
@@ -71,13 +72,16 @@ def test_baselines_are_judged_and_drawn(opened: Task, tmp_path: Path) -> None:
         assert entry["en"] and entry["zh"] and len(entry["colour"]) == 3
 
 
-def test_training_samples_follow_from_the_generator(opened: Task) -> None:
-    """They make a batch that a network of the task takes, and the loss of a paper of the task."""
-    name = next((card.id for card in papers.cards().values() if card.task == opened.name and card.variants and not card.pack), None)
-    if name is None:
-        pytest.skip("no paper of the task has a network")
-    paper = papers.paper(name)
-    config = paper.variants["test"]
+@functools.cache
+def pack_of(name: str, pack: str) -> Task:
+    return task(name)(pack)
+
+
+def test_training_samples_follow_from_the_generator(subject) -> None:
+    """They make a batch that the paper's network takes, after what the paper does to samples, and its loss can be learned from."""
+    opened = pack_of(subject.card.task, subject.card.pack or subject.task.pack)
+    paper, config = subject.paper, subject.config
+    torch.manual_seed(0)
     network, recipe = paper.build(opened.spec, config).train(), paper.recipe(config)
     prepare = paper.prepare(config) if paper.prepare else lambda sample: sample
 
@@ -90,8 +94,10 @@ def test_training_samples_follow_from_the_generator(opened: Task) -> None:
         assert all(torch.equal(v, b[k]) for k, v in a.items() if isinstance(v, Tensor))
     batch = opened.collate(first)
     assert all(name in batch for name in {*opened.inputs, *opened.images})
-    loss = (paper.loss(config) if paper.loss else opened.loss)(opened.forward(network, batch), batch)["loss"].detach()
-    assert loss.ndim == 0 and math.isfinite(float(loss))
+    loss = subject.loss(opened.forward(network, batch), batch)["loss"]
+    loss.backward()
+    assert loss.ndim == 0 and math.isfinite(float(loss.detach()))
+    assert any(p.grad is not None and p.grad.any() for p in network.parameters())
 
 
 def test_options_are_checked() -> None:

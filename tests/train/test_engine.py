@@ -215,6 +215,11 @@ def test_finished_run_is_kept(blobs: Path, straight: Path) -> None:
     assert (straight / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_settings_that_are_tuples(blobs: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        train(blobs, tmp_path / "run", settings={"decay_at": (0.5, 0.75), "patch": 32}, resume=True)
+
+
 def test_diverged(blobs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lower --set lr"):
         train(blobs, tmp_path / "run", settings={"lr": 1e30, "optimizer": "sgd", "clip": None, "patch": 32})

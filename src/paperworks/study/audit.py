@@ -205,7 +205,7 @@ def _check_step(name: str, config: Any) -> list[str]:
     torch.manual_seed(0)
     network = paper.build(spec, config).train()
     batch = kind.plain_batch(network, spec)
-    terms = (paper.loss(config) if paper.loss else kind.loss)(kind.forward(network, batch), batch)
+    terms = kind.loss_of(paper, config)(kind.forward(network, batch), batch)
     problems = [] if torch.isfinite(terms["loss"]) else [f"test: the loss is {float(terms['loss'])}"]
     terms["loss"].backward()
     idle = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
@@ -292,8 +292,9 @@ def record_usable(name: str, out: Path, *, budget: float, listener: Any = None) 
     if not sign * value > sign * baseline:
         problems.append(f"{data.metric} {value:.3f} does not beat the baseline's {baseline:.3f}")
     files = data.files(data.val[:8])
-    if not predict_files(load_model(run.folder), files, out / "predictions"):
-        problems.append(f"nothing was predicted for {len(files)} files")
+    written = predict_files(load_model(run.folder), files, out / "predictions")
+    if not written or (len(written) != len(set(files)) and not kind.together):
+        problems.append(f"predicted {len(written)} of {len(set(files))} files")
     export: dict[str, Any] | None = None
     if kind.outputs:
         try:

@@ -189,7 +189,7 @@ def override(settings: Mapping[str, Any], *targets: Any) -> tuple[Any, ...]:
 
 def _read(key: str, value: Any, present: Any, hint: Any) -> Any:
     if not isinstance(value, str):
-        return value
+        return tuple(value) if isinstance(value, list) else value  # a tuple that was kept as JSON
     if value.lower() in ("none", "null"):
         return None
     try:

@@ -137,6 +137,7 @@ class Classification(Task):
     baseline_names = {"majority": ("Majority class", "多数类"), "nearest_mean": ("Nearest mean thumbnail", "最近均值缩略图")}
     views = {"prediction": ("prediction", "预测")}
     look_at = 200
+    together = True
     suffix = ".card.png"
 
     def __init__(self, source: str | Path, *, progress: Progress | None = None) -> None:

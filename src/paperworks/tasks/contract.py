@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from paperworks.errors import InputError
 from paperworks.files import atomic
-from paperworks.tasks.base import Batch, Grid, Output, Recipe, Refiner, Sample, Spec, grid_of
+from paperworks.tasks.base import Batch, Grid, Loss, Output, Paper, Recipe, Refiner, Sample, Spec, grid_of
 from paperworks.tasks.drawing import Picture, panel
 from paperworks.tasks.files import find_jobs
 
@@ -56,7 +56,7 @@ class Scores(Protocol):
         ...
 
 
-class Deployed(nn.Module):
+class Deployed(nn.Module, ABC):
     """A trained network as it is used: inputs in [0, 1] of a valid size in, what the task calls a prediction out (a batch of them)."""
 
     mean: Tensor
@@ -77,9 +77,9 @@ class Deployed(nn.Module):
         """Normalise, run, finish."""
         return self.finish(self.network(self.normalised(image)))
 
+    @abstractmethod
     def finish(self, output: Output) -> Any:
         """What people want, made of what the network returns: one tensor, or several in the order of the task's ``outputs``."""
-        raise NotImplementedError
 
 
 def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -165,6 +165,8 @@ class Task(ABC):
     """An exported network takes one input at a time."""
     look_at: ClassVar[int] = 24
     """Validation items of a look during training; the final evaluation takes all."""
+    together: ClassVar[bool] = False
+    """``predict_files`` writes one set of files for all inputs, not one for each."""
     suffix: ClassVar[str] = ".png"
     """Ending of the file that a prediction is written to."""
 
@@ -240,9 +242,14 @@ class Task(ABC):
         return network(*(batch[name] for name in cls.inputs))
 
     @staticmethod
-    @abstractmethod
     def loss(output: Output, batch: Batch) -> dict[str, Tensor]:
-        """What a paper without a loss of its own is trained with."""
+        """What a paper without a loss of its own is trained with, where the task has one that fits all."""
+        raise TypeError("this task has no loss that fits all; the paper must bring its own")
+
+    @classmethod
+    def loss_of(cls, paper: Paper, config: Any) -> Loss:
+        """What a paper is trained with: its own loss, or the task's."""
+        return paper.loss(config) if paper.loss else cls.loss
 
     # Use
 

@@ -104,6 +104,7 @@ class Detection(Task):
     output = "scores"
     outputs = ("boxes", "scores", "labels")
     single = True
+    together = True
     suffix = ".json"
 
     def __init__(self, source: str | Path, *, progress: Progress | None = None) -> None:
@@ -172,11 +173,6 @@ class Detection(Task):
             boxes = nn.functional.pad(s["boxes"].as_subclass(Tensor), (0, 0, 0, missing))
             filled.append(s | {"boxes": boxes, "labels": nn.functional.pad(s["labels"], (0, missing), value=-1)})
         return Task.collate(filled)
-
-    @staticmethod
-    def loss(output: Output, batch: Batch) -> dict[str, Tensor]:
-        """There is none that fits all: each detector's boxes need its own."""
-        raise NotImplementedError("a detector brings its loss")
 
     # Use
 

@@ -196,6 +196,7 @@ class Representation(Task):
     output = "embedding"
     outputs = ("embedding",)
     look_at = 200
+    together = True
     suffix = ".npz"
 
     def __init__(self, source: str | Path, *, progress: Progress | None = None) -> None:
@@ -259,15 +260,6 @@ class Representation(Task):
         """One varied square, or two of the same image."""
         sample = recipe.augment(self.sample(item), (grid.fixed, grid.fixed), generator)
         return {"view": sample["image"]} | sample
-
-    @staticmethod
-    def loss(output: Output, batch: Batch) -> dict[str, Tensor]:
-        """Images of one class shall be nearer to each other than to the rest of the batch (cosines, temperature 0.1)."""
-        x, label = F.normalize(output["embedding"].float()), batch["label"]
-        itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-        surprise = -(x @ x.T / 0.1).masked_fill(itself, -1e9).log_softmax(1)
-        same = (label[:, None] == label) & ~itself & (label >= 0)
-        return {"loss": (surprise * same).sum() / same.sum().clamp_min(1)}
 
     @classmethod
     def deploy(cls, network: nn.Module, spec: Spec) -> Embedder:

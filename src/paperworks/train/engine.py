@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import logging
 import math
 import os
@@ -273,6 +274,7 @@ def fit(
 
 def _open_run(request: Request, out: Path, data: Task, resume: bool) -> Run:
     asked = asdict(request) | {"settings": dict(request.settings), "budget": dict(request.budget)}
+    asked = json.loads(json.dumps(asked))  # as it comes back from run.json: a tuple is a list there
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
     until = time.monotonic() + 60
     while rank and not (out / "run.json").exists() and time.monotonic() < until:
@@ -433,9 +435,7 @@ def make_learner(fabric: Any, request: Request, paper: Paper, config: Any, recip
     if average:
         average = {k: v.to(device) for k, v in average.items()}
     mean, std = (torch.tensor(v, device=device) for v in (spec.mean, spec.std))
-    return Learner(
-        network, type(data), paper.loss(config) if paper.loss else data.loss, recipe, spec, mean, std, optimizer, average, request.seed
-    )
+    return Learner(network, type(data), data.loss_of(paper, config), recipe, spec, mean, std, optimizer, average, request.seed)
 
 
 def probe(fabric: Any, learner: Learner, dataset: Positions, world: int = 1, rank: int = 0, steps: int = PROBE_STEPS) -> float:
