@@ -60,7 +60,11 @@ def table(words: dict) -> str:
         fidelity = (
             f"{found['fidelity']:.0e} ({found['against'].split(',')[0]})".replace("0e+00", "0") if found["fidelity"] is not None else "-"
         )
-        pack = f"{usable['metric']} {usable['value']:.3f} ({usable['baseline']:.3f}), {usable['budget_seconds']:g} s" if usable and "value" in usable else "-"
+        pack = (
+            f"{usable['metric']} {usable['value']:.3f} ({usable['baseline']:.3f}), {usable['budget_seconds']:g} s"
+            if usable and "value" in usable
+            else "-"
+        )
         name = f"[{card.name}](src/paperworks/papers/{card.section}/{card.id}/note{'.zh' if words['held'] == '成立' else ''}.md)"
         rows.append(
             (
