@@ -249,6 +249,11 @@ def test_schedules() -> None:
     assert step == pytest.approx([1] * 5 + [0.1] * 3 + [0.01] * 2)
     assert schedule(Recipe(schedule="poly", warmup=0), 50, 100) == pytest.approx(0.5**0.9)
     assert schedule(Recipe(schedule="constant", warmup=0), 99, 100) == 1
+    # "Attention Is All You Need", eq. 3: d^-0.5 min(n^-0.5, n warmup^-1.5), with 4,000 of 100,000 steps of warm-up
+    peak = Recipe(lr=(512 * 4000) ** -0.5, schedule="inverse_sqrt", warmup=0.04)
+    for n in (1, 100, 3999, 4000, 4001, 50_000, 100_000):
+        assert peak.lr * schedule(peak, n - 1, 100_000) == pytest.approx(512**-0.5 * min(n**-0.5, n * 4000**-1.5))
+    assert schedule(Recipe(schedule="inverse_sqrt", warmup=0), 3, 10) == 0.5
 
 
 def test_images_are_refused_where_a_paper_takes_volumes_only(blobs: Path, tmp_path: Path) -> None:

@@ -95,8 +95,12 @@ class Recipe:
     lr: float = 1e-3
     momentum: float = 0.9
     """SGD's momentum; Adam's first beta."""
+    beta2: float = 0.999
+    """Adam's second beta."""
+    eps: float = 1e-8
+    """What Adam adds to the root of the second moment."""
     weight_decay: float = 0.0
-    schedule: Literal["cosine", "poly", "step", "constant"] = "cosine"
+    schedule: Literal["cosine", "poly", "step", "constant", "inverse_sqrt"] = "cosine"
     warmup: float = 0.05
     """Share of the steps during which the learning rate rises linearly."""
     batch_size: int = 8

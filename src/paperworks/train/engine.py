@@ -193,6 +193,8 @@ def schedule(recipe: Recipe, step: int, steps: int) -> float:
             return (1 - progress) ** 0.9
         case "step":
             return 0.1 ** sum(done >= at for at in recipe.decay_at)
+        case "inverse_sqrt":
+            return math.sqrt(max(math.ceil(recipe.warmup * steps), 1) / (step + 1))
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -210,9 +212,9 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
         case "sgd":
             return torch.optim.SGD(params, lr=recipe.lr, momentum=recipe.momentum)
         case "adam":
-            return torch.optim.Adam(params, lr=recipe.lr, betas=(recipe.momentum, 0.999))
+            return torch.optim.Adam(params, lr=recipe.lr, betas=(recipe.momentum, recipe.beta2), eps=recipe.eps)
         case "adamw":
-            return torch.optim.AdamW(params, lr=recipe.lr, betas=(recipe.momentum, 0.999))
+            return torch.optim.AdamW(params, lr=recipe.lr, betas=(recipe.momentum, recipe.beta2), eps=recipe.eps)
 
 
 def precision(asked: str) -> Literal["32-true", "bf16-mixed"]:
