@@ -132,7 +132,7 @@ def export_onnx(
     module = deepcopy(module).cpu().float().eval().requires_grad_(False)
     if not outputs:
         raise ExportError("networks of this task are not exported")
-    samples = [image.detach().cpu().float() for image in samples]
+    samples = [_settled(image) for image in samples]
     metadata = {"version": __version__, "grid": json.dumps(dataclasses.asdict(grid)), "spec": spec_json, "precision": "float32", **names}
     program = _trace(fused(module), samples[0], grid, outputs, single, opset)
     program.model.metadata_props.update({PREFIX + key: value for key, value in metadata.items()})
@@ -155,8 +155,10 @@ def export_onnx(
 
 def _trace(module: nn.Module, sample: Tensor, grid: Grid, outputs: Sequence[str], single: bool, opset: int) -> torch.onnx.ONNXProgram:
     # Sides of three and more multiples, all different: a side of one at the bottom, or two equal ones, would be taken for a constant.
-    sides = [grid.fit(max(3 * grid.multiple, 24)) + (0 if grid.fixed else i * grid.multiple) for i in range(sample.ndim - 1)]
+    sides = grid.sides([max(3 * grid.multiple, 24) + i * grid.multiple for i in range(sample.ndim - 1)])
     example = torch.rand(1 if single else 2, sample.shape[0], *sides, generator=torch.Generator().manual_seed(0))
+    if not sample.is_floating_point():  # indices have a meaning, noise has none
+        example = torch.stack([sample] * len(example))
     axes: dict[int, Any] = {} if single else {0: torch.export.Dim("batch", min=1)}
     for axis, name in enumerate("" if grid.fixed else "dhw"[-len(sides) :], start=2):
         axes[axis] = torch.export.Dim(name, min=1)
@@ -174,6 +176,12 @@ def _trace(module: nn.Module, sample: Tensor, grid: Grid, outputs: Sequence[str]
         raise ExportError(f"torch cannot export {type(module).__name__} with sizes left open: {_cause(error)}") from error
     assert program is not None
     return program
+
+
+def _settled(given: Tensor) -> Tensor:
+    """On the CPU, in single precision; indices stay what they are."""
+    given = given.detach().cpu()
+    return given.float() if given.is_floating_point() else given
 
 
 def _inputs(samples: list[Tensor], grid: Grid, single: bool) -> Iterator[Tensor]:
@@ -195,8 +203,8 @@ def _inputs(samples: list[Tensor], grid: Grid, single: bool) -> Iterator[Tensor]
 
 def _valid(image: Tensor, sides: Sequence[int], grid: Grid) -> Tensor:
     """The image's corner of the given sides, with the mirrored surroundings that the grid asks for."""
-    for axis, side in enumerate(sides, start=1):
-        image = image.index_select(axis, mirrored(-grid.margin, grid.fit(side), image.shape[axis]))
+    for axis, side in enumerate(grid.sides(sides), start=1):
+        image = image.index_select(axis, mirrored(-grid.margin, side, image.shape[axis]))
     return image
 
 
@@ -238,7 +246,7 @@ class OnnxPredictor:
 
     def __call__(self, image: Float[Tensor, "B C *S"]) -> Any:
         """What the network gives for images in [0, 1] of a valid size: a tensor, or a tuple of several."""
-        found = self.session.run(None, {"image": np.ascontiguousarray(image.detach().cpu().float().numpy())})
+        found = self.session.run(None, {"image": np.ascontiguousarray(_settled(image).numpy())})
         tensors = tuple(torch.from_numpy(array) for array in found)
         return tensors[0] if len(tensors) == 1 else tensors
 
@@ -293,7 +301,7 @@ def _read(path: Path) -> tuple[bytes, dict[str, str]]:
     metadata = {p.key.removeprefix(PREFIX): p.value for p in model.metadata_props if p.key.startswith(PREFIX)}
     try:
         grid, spec = Grid(**json.loads(metadata["grid"])), json.loads(metadata["spec"])
-        if grid.multiple < 1 or grid.offset < 0 or grid.margin < 0 or grid.fixed < 0 or not isinstance(spec, dict):
+        if grid.multiple < 1 or grid.offset < 0 or grid.margin < 0 or grid.fixed < 0 or grid.width < 0 or not isinstance(spec, dict):
             raise ValueError
         task(spec["task"])
     except (KeyError, ValueError, TypeError):
