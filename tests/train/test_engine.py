@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from paperworks.errors import InputError
+from paperworks.tasks import task
 from paperworks.tasks.base import Recipe
 from paperworks.train import engine
 from paperworks.train.api import fit
@@ -218,6 +221,39 @@ def test_finished_run_is_kept(blobs: Path, straight: Path) -> None:
 def test_settings_that_are_tuples(blobs: Path, tmp_path: Path) -> None:
     for _ in range(2):
         train(blobs, tmp_path / "run", settings={"decay_at": (0.5, 0.75), "patch": 32}, resume=True)
+
+
+class Ruin(Silent):
+    """From a look on, the labels that are learnt are wrong."""
+
+    def __init__(self, data) -> None:
+        self.data, self.sample = data, data.training_sample
+
+    def look(self, step, metrics) -> None:
+        self.data.training_sample = lambda item, *rest: (
+            (s := self.sample(item, *rest)) | ({} if item in self.data.val else {"mask": 1 - s["mask"]})
+        )
+
+
+def test_early_stopping_goes_back_to_the_best_look(blobs: Path, tmp_path: Path) -> None:
+    data = task("segmentation")(blobs)
+    run = train(blobs, tmp_path / "run", opened=data, listener=Ruin(data), steps=24, settings={"patch": 32, "keep": "best"})
+    rows = csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())
+    losses = {int(row["step"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
+    assert len(losses) > 1 and losses[24] > min(losses.values())
+    assert run.record["kept_step"] == min(losses, key=losses.__getitem__) < 24
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert same(kept["best"]["weights"], weights(tmp_path / "run")) and not same(kept["network"], weights(tmp_path / "run"))
+
+
+def test_early_stopping_survives_a_crash(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0.0)
+    options: dict[str, Any] = {"steps": 12, "settings": {"patch": 32, "keep": "best"}}
+    train(blobs, tmp_path / "straight", **options)
+    with pytest.raises(RuntimeError):
+        train(blobs, tmp_path / "run", listener=Stop(7, crash), **options)
+    train(blobs, tmp_path / "run", resume=True, **options)
+    assert same(weights(tmp_path / "straight"), weights(tmp_path / "run"))
 
 
 def test_diverged(blobs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +83,24 @@ def test_what_cannot_be_is_said(hub, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_papers_without_weights() -> None:
     with pytest.raises(InputError, match="no trained weights of unet are published"):
         paperworks.create("unet", variant="small", pretrained=True)
+
+
+def test_an_encoder_goes_from_run_to_run(tmp_path: Path) -> None:
+    """What a training method has taught a paper's backbone is where the paper goes on."""
+    pack, quick = "pack:cifar10_subset", {"steps": 1, "limit": 8, "precision": "fp32"}
+    settings: dict[str, Any] = {"backbone": "convnext/test", "batch_size": 4}
+    method = paperworks.fit("simclr", pack, tmp_path / "method", variant="test", settings=settings, **quick)
+    frozen: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "batch_size": 4, "average": 0.0}
+    run = paperworks.fit("convnext", pack, tmp_path / "run", variant="test", encoder=method.folder, settings=frozen, **quick)
+    taught, ours = method.network().encoder, run.network()
+    assert isinstance(taught, torch.nn.Module) and run.spec.mean == method.spec.mean
+    head = {id(p) for p in ours.head_parameters()}  # type: ignore[operator]
+    own = {name: p for name, p in ours.named_parameters() if id(p) not in head}
+    theirs = dict(taught.named_parameters())
+    assert own and all(torch.equal(p, theirs[name]) for name, p in own.items())
+    with pytest.raises(InputError, match="no part of this network has its"):
+        paperworks.fit("vit", pack, tmp_path / "other", variant="test", encoder=method.folder, **quick)
+    with pytest.raises(InputError, match="trained on 3 channels, these images have 1"):
+        paperworks.fit("convnext", "pack:mnist_subset", tmp_path / "grey", variant="test", encoder=method.folder, **quick)
+    with pytest.raises(InputError, match="leave one out"):
+        paperworks.fit("convnext", pack, tmp_path / "both", variant="test", encoder=method.folder, pretrained=True, **quick)

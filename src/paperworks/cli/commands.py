@@ -193,6 +193,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Decides initial weights, order and augmentation.")] = 0,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights of the variant.")] = False,
+    encoder: Annotated[
+        Path | None, typer.Option("--encoder", help="Start from what the network of this run folder has learnt to see.")
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Train on the first so many images only.")] = None,
     precision: Precision = "auto",
     workers: Workers = 0,
@@ -228,6 +231,7 @@ def train(
             precision=precision,
             limit=limit,
             pretrained=pretrained,
+            encoder=encoder or "",
             opened=opened,
             listener=bar,
             settings=_settings(settings),

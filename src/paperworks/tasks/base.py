@@ -6,7 +6,7 @@ Shape legend, used all over the archive: B batch, C image channels, K classes, D
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -64,13 +64,19 @@ class Grid:
     A side of length n is valid when n = multiple * k + offset (k >= 1). The output covers the input less ``margin`` pixels
     on each side. A U-Net of four poolings with padded convolutions has ``Grid(16)``; the valid one of 2015 has
     ``Grid(16, offset=12, margin=92)``. A network whose inputs have one size only has ``Grid(fixed=224)``: what is larger or
-    smaller is resized.
+    smaller is resized. Where that is no square, ``fixed`` is the height: ``Grid(fixed=64, width=256)``.
     """
 
     multiple: int = 1
     offset: int = 0
     margin: int = 0
     fixed: int = 0
+    width: int = 0
+
+    def sides(self, lengths: Sequence[int]) -> list[int]:
+        """Smallest valid sides of an input whose output covers ``lengths``; the width comes last."""
+        sides = [self.fit(length) for length in lengths]
+        return [*sides[:-1], self.width] if self.width else sides
 
     def fit(self, length: int) -> int:
         """Smallest valid input length whose output covers ``length`` pixels; the fixed one where there is one."""
@@ -78,6 +84,11 @@ class Grid:
             return self.fixed
         need = max(length + 2 * self.margin - self.offset, self.multiple)
         return -(-need // self.multiple) * self.multiple + self.offset
+
+    def sides(self, lengths: Sequence[int]) -> list[int]:
+        """``fit`` for each axis; the first of a clip is its time."""
+        sides = [self.fit(length) for length in lengths]
+        return [self.frames, *sides[1:]] if self.frames else sides
 
 
 def grid_of(network: nn.Module) -> Grid:
@@ -91,7 +102,7 @@ def grid_of(network: nn.Module) -> Grid:
 class Recipe:
     """How a paper is trained. The engine fits the schedule to the budget; everything here can be set with ``--set``."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "adadelta"] = "adamw"
     lr: float = 1e-3
     momentum: float = 0.9
     """SGD's momentum; Adam's first beta."""
@@ -110,6 +121,9 @@ class Recipe:
     """Largest norm of the gradient; None leaves it alone."""
     average: float = 0.0
     """Decay of the exponential moving average of the weights that is kept for prediction; 0 keeps the last weights."""
+    keep: Literal["last", "best"] = "last"
+    """``best`` ends with the weights of the look at which the loss on validation items was lowest: early stopping. The network must return
+    in evaluation mode what the loss asks for."""
     augment: Augmentation = field(default_factory=Augment)
     decay_at: tuple[float, ...] = (0.6, 0.85)
     """Shares of the steps after which schedule ``step`` divides the learning rate by ten."""
@@ -133,6 +147,9 @@ class Paper:
     """configuration -> loss; None takes the task's."""
     prepare: Callable[[Any], Callable[[Sample], Sample]] | None = None
     """configuration -> what is done to each training sample after augmentation; None leaves it alone."""
+    solve: Callable[[Any], Callable[[nn.Module, Iterable[Batch]], None]] | None = None
+    """configuration -> what sets the network's weights from all training batches at once, where the loss has its minimum; no gradient
+    steps are taken then. None: the network learns by gradient steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,7 @@ def fit(
     precision: str = "auto",
     limit: int | None = None,
     pretrained: bool = False,
+    encoder: str | Path = "",
     opened: Task | None = None,
     listener: Listener | None = None,
     settings: dict[str, Any] | None = None,
@@ -99,6 +100,7 @@ def fit(
         precision: ``auto``, ``fp32`` or ``bf16``.
         limit: train on the first so many items only.
         pretrained: start from the published weights; needs a variant that has some.
+        encoder: start from what the network of this run folder has learnt to see; it must be a part of this one.
         opened: the data set, when the caller has opened it already.
         listener: is told of each step.
         settings: fields of configuration and recipe to change.
@@ -120,6 +122,7 @@ def fit(
         seed=seed,
         limit=limit,
         pretrained=pretrained,
+        encoder=str(encoder),
         precision=precision,
         devices=devices,
         nodes=nodes,
@@ -130,13 +133,13 @@ def fit(
 def choose_variant(name: str, data: Task, budget: Budget, settings: dict[str, Any], seed: int) -> str:
     """The largest of the paper's ``auto`` variants that sees the data often enough within the budget, by measured step times.
 
-    Without a budget in time there is nothing to fit into, and the cheapest is taken. A variant is taken to cost at least twice what the one
+    Without a budget in time, or for a paper that solves for its weights, there is nothing to fit into, and the cheapest is taken. A variant is taken to cost at least twice what the one
     before it costs: where even that would be too much it is not measured.
     """
     candidates = papers.paper(name).auto
     if not candidates:
         raise InputError(f"{name} has no variants to choose from by itself; name one with --variant")
-    if budget.seconds is None:
+    if budget.seconds is None or papers.paper(name).solve:
         return candidates[0]
     request = Request(paper=name, data="", variant=candidates[0], budget={"steps": 1}, seed=seed)
     fabric = make_fabric(request)

@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from paperworks.tasks.base import Batch, Grid, Loss, Paper, Recipe, Sample, Spec
 from paperworks.tasks.contract import Predict, Task, channels_last, normalise
 from paperworks.tasks.environment import hardware, versions
 from paperworks.train.budget import Budget, Plan, plan
-from paperworks.train.pretrained import load_pretrained, pretrained_spec
+from paperworks.train.pretrained import encoder_spec, load_encoder, load_pretrained, pretrained_spec
 from paperworks.train.run import FORMAT, Request, Run, check_state, configure, save_weights
 
 log = logging.getLogger("paperworks")
@@ -89,16 +89,29 @@ class Positions(Dataset[Sample]):
     def __getitem__(self, position: int) -> Sample:
         epoch, index = divmod(position, len(self.items))
         order = torch.randperm(len(self.items), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        return self.sample(self.items[int(order[index])], position)
+
+    def sample(self, item: Any, position: int) -> Sample:
+        """The augmented training sample of an item at a position."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + position) * 2 + 1)
-        sample = self.data.training_sample(self.items[int(order[index])], self.recipe, self.grid, generator)
+        sample = self.data.training_sample(item, self.recipe, self.grid, generator)
         return self.prepare(sample) if self.prepare else sample
 
 
 def batches(dataset: Positions, size: int, first: int, last: int, rank: int, world: int, workers: int) -> Iterator[Batch]:
     """Batches of the steps ``first`` ... ``last`` - 1; each process takes its share of every step."""
-    share = [[(step * world + rank) * size + i for i in range(size)] for step in range(first, last)]
+    return _loaded(dataset, [[(step * world + rank) * size + i for i in range(size)] for step in range(first, last)], workers)
+
+
+def once(dataset: Positions, size: int, workers: int) -> Iterator[Batch]:
+    """Every training sample once, in batches of which the last may be smaller."""
+    count = len(dataset.items)
+    return _loaded(dataset, [list(range(first, min(first + size, count))) for first in range(0, count, size)], workers)
+
+
+def _loaded(dataset: Positions, positions: list[list[int]], workers: int) -> Iterator[Batch]:
     collate = dataset.data.collate
-    return iter(DataLoader(dataset, batch_sampler=share, num_workers=workers, collate_fn=collate, persistent_workers=False))
+    return iter(DataLoader(dataset, batch_sampler=positions, num_workers=workers, collate_fn=collate, persistent_workers=False))
 
 
 @dataclass
@@ -117,6 +130,8 @@ class Learner:
     average: dict[str, Tensor] | None
     """Moving average of the state, or None."""
     seed: int
+    best: dict[str, Any] | None = None
+    """Lowest loss on validation items so far, with its step and weights."""
 
     def step(self, fabric: Any, batch: Batch, step: int, steps: int, rank: int = 0) -> dict[str, Tensor]:
         """One update. Terms of the loss come back detached."""
@@ -124,9 +139,8 @@ class Learner:
             group["lr"] = self.recipe.lr * factor * schedule(self.recipe, step, steps)
         torch.manual_seed((self.seed * 1_000_003 + step) * 1009 + rank)
         self.network.train()
-        batch |= {name: channels_last(normalise(batch[name], self.mean, self.std)) for name in self.task.images}
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.loss(self.task.forward(self.network, batch), batch)
+        terms = self._terms(self._normalised(batch))
         fabric.backward(terms["loss"])
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
@@ -134,6 +148,32 @@ class Learner:
         if self.average is not None:
             self._track(step)
         return {k: v.detach() for k, v in terms.items()}
+
+    def solve(self, solver: Callable[[nn.Module, Iterable[Batch]], None], seen: Callable[[], Iterator[Batch]]) -> dict[str, Tensor]:
+        """Set all weights at once. The terms of the loss that is left come back, averaged over the samples.
+
+        Args:
+            solver: sets a network's weights from batches.
+            seen: begins a pass over the training samples; it is taken twice.
+        """
+        torch.manual_seed(self.seed * 1_000_003)
+        self.network.train()
+        solver(bare(self.network), map(self._normalised, seen()))
+        sums: dict[str, Tensor] = {}
+        count = 0
+        with torch.no_grad():
+            for batch in map(self._normalised, seen()):
+                size = len(batch[self.task.inputs[0]])
+                for name, term in self._terms(batch).items():
+                    sums[name] = sums.get(name, 0) + term * size
+                count += size
+        return {name: total / count for name, total in sums.items()}
+
+    def _normalised(self, batch: Batch) -> Batch:
+        return batch | {name: channels_last(normalise(batch[name], self.mean, self.std)) for name in self.task.images}
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        return self.loss(self.task.forward(self.network, batch), batch)
 
     def _factors(self) -> list[float]:
         return [g["factor"] for g in self.optimizer.param_groups]
@@ -166,9 +206,26 @@ class Learner:
         finally:
             network.load_state_dict(own)
 
+    def remember(self, loss: float, step: int) -> None:
+        """Keep today's weights if they are the best so far."""
+        if self.best is None or loss < self.best["loss"]:
+            with self.averaged() as network:
+                self.best = {"loss": loss, "step": step, "weights": {k: v.clone() for k, v in network.state_dict().items()}}
+
+    def recall(self) -> None:
+        """Go back to the best weights."""
+        if self.best is not None:
+            bare(self.network).load_state_dict(self.best["weights"])
+            self.average = None
+
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides the step."""
-        return {"network": bare(self.network).state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        return {
+            "network": bare(self.network).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "best": self.best,
+        }
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -215,6 +272,8 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
             return torch.optim.Adam(params, lr=recipe.lr, betas=(recipe.momentum, recipe.beta2), eps=recipe.eps)
         case "adamw":
             return torch.optim.AdamW(params, lr=recipe.lr, betas=(recipe.momentum, recipe.beta2), eps=recipe.eps)
+        case "adadelta":
+            return torch.optim.Adadelta(params, lr=recipe.lr)
 
 
 def precision(asked: str) -> Literal["32-true", "bf16-mixed"]:
@@ -307,7 +366,7 @@ def _open_run(request: Request, out: Path, data: Task, resume: bool) -> Run:
         "format": FORMAT,
         "request": asked,
         "state": "running",
-        "spec": asdict(pretrained_spec(request.paper, request.variant, data.spec) if request.pretrained else data.spec),
+        "spec": asdict(_spec(request, data.spec)),
         "data": {
             "source": str(request.data),
             "sha256": data.sha256,
@@ -323,6 +382,15 @@ def _open_run(request: Request, out: Path, data: Task, resume: bool) -> Run:
     return run
 
 
+def _spec(request: Request, spec: Spec) -> Spec:
+    """What the network is built for: the data's spec, seen as the weights that it starts from expect."""
+    if request.pretrained and request.encoder:
+        raise InputError("--pretrained and --encoder both say where to start from; leave one out")
+    if request.pretrained:
+        return pretrained_spec(request.paper, request.variant, spec)
+    return encoder_spec(Run.load(request.encoder), spec) if request.encoder else spec
+
+
 def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, caught: list[int]) -> Run:
     request = run.request
     started = time.perf_counter()
@@ -331,6 +399,8 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
     grid = grid_of(bare(learner.network))
     dataset = Positions(data, recipe, grid, paper.prepare(config) if paper.prepare else None, request.seed, request.limit)
     world, rank = fabric.world_size, fabric.global_rank
+    solver = paper.solve(config) if paper.solve else None
+    samples_a_step = len(dataset.items) if solver else recipe.batch_size * world
     if (saved := _read_checkpoint(run.folder, learner)) is not None:
         step, rows, spent = saved["step"], saved["rows"], saved["seconds"]
         the_plan = Plan(**run.record["plan"])
@@ -338,6 +408,8 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
         step, rows, spent = 0, [], 0.0
         if "plan" in run.record:
             the_plan = Plan(**run.record["plan"])
+        elif solver:
+            the_plan = Plan(steps=1, validate_every=1)
         else:
             budget = Budget(**request.budget)
             seconds = probe(fabric, learner, dataset, world, rank) if budget.seconds is not None else None
@@ -353,8 +425,8 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
                 spent=time.perf_counter() - started,
             )
             the_plan = fabric.broadcast(the_plan)
-            run.record["plan"] = asdict(the_plan)
-            run.save()
+        run.record["plan"] = asdict(the_plan)
+        run.save()
     parameters = sum(p.numel() for p in bare(learner.network).parameters())
     log.info(
         "%s %s, %s parameters, %d steps of %d samples, %s",
@@ -362,17 +434,26 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
         request.variant,
         f"{parameters:,}",
         the_plan.steps,
-        recipe.batch_size * world,
+        samples_a_step,
         fabric._precision.precision,
     )
     listener.start(the_plan, step)
     writer = _tensorboard(run.folder, step) if rank == 0 else None
     began, last_saved = time.perf_counter() - spent, time.perf_counter()
-    for batch in batches(dataset, recipe.batch_size, step, the_plan.steps, rank, world, workers):
-        batch = fabric.to_device(batch)
-        terms = learner.step(fabric, batch, step, the_plan.steps, rank)
+
+    def taken() -> Iterator[dict[str, Tensor]]:
+        """The terms of the loss at each step that is left."""
+        if solver:
+            for _ in range(step, the_plan.steps):
+                yield learner.solve(solver, lambda: map(fabric.to_device, once(dataset, recipe.batch_size, workers)))
+            return
+        for at, batch in enumerate(batches(dataset, recipe.batch_size, step, the_plan.steps, rank, world, workers), start=step):
+            yield learner.step(fabric, fabric.to_device(batch), at, the_plan.steps, rank)
+
+    for terms in taken():
         step += 1
         last = step == the_plan.steps
+        look = step % the_plan.validate_every == 0
         values = {k: float(v) for k, v in terms.items()}
         if not math.isfinite(values["loss"]):
             raise InputError(f"{run.folder}: the loss became {values['loss']} at step {step}; try a lower --set lr={recipe.lr / 3:.1g}")
@@ -383,7 +464,10 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
             **values,
         }
         listener.step(step, values)
-        if step % the_plan.validate_every == 0 and not last and rank == 0:
+        if recipe.keep == "best" and (look or last):
+            row["val_loss"] = held_out_loss(learner, data, dataset)
+            learner.remember(row["val_loss"], step)
+        if look and not last and rank == 0:
             looked = _look(learner, data, pictures=run.folder / "pictures" / f"step_{step:06d}.png")
             row |= {f"val_{k}": v for k, v in looked.items()}
             listener.look(step, looked)
@@ -400,6 +484,7 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
     seconds = time.perf_counter() - began
     if writer:
         writer.close()
+    learner.recall()
     if rank == 0:
         with learner.averaged() as network:
             save_weights(network, run.folder / "model.safetensors")
@@ -408,8 +493,9 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
         run.record |= {
             "state": "finished",
             "steps": step,
+            "kept_step": learner.best["step"] if learner.best else step,
             "seconds": round(seconds, 2),
-            "samples_per_second": round(step * recipe.batch_size * world / seconds, 2),
+            "samples_per_second": round(step * samples_a_step / seconds, 2),
             "parameters": parameters,
             "precision": str(fabric._precision.precision),
             "recipe": asdict(recipe),
@@ -429,9 +515,11 @@ def make_learner(fabric: Any, request: Request, paper: Paper, config: Any, recip
     network = paper.build(spec, config)
     if request.pretrained:
         load_pretrained(network, request.paper, request.variant, len(spec.classes), request.settings)
+    if request.encoder:
+        load_encoder(network, Run.load(request.encoder))
     network = network.to(memory_format=torch.channels_last if spec.ndim == 2 else torch.channels_last_3d)
     optimizer = build_optimizer(network, recipe)
-    average = {k: v.clone() for k, v in network.state_dict().items()} if recipe.average else None
+    average = {k: v.clone() for k, v in network.state_dict().items()} if recipe.average and not paper.solve else None
     network, optimizer = fabric.setup(network, optimizer)
     device = fabric.device
     if average:
@@ -475,6 +563,20 @@ def _look(learner: Learner, data: Task, *, limit: int | None = None, pictures: P
         if pictures:
             data.picture(predict, items[:4], pictures)
     return {k: v for k, v in metrics.items() if "/" not in k}
+
+
+@torch.no_grad()
+def held_out_loss(learner: Learner, data: Task, dataset: Positions) -> float:
+    """Mean loss of the weights that predictions use, on training samples made of some validation items, always the same."""
+    items = data.val[:: max(1, len(data.val) // data.look_at)][: data.look_at]
+    size, losses = learner.recipe.batch_size, []
+    with learner.averaged() as network:
+        for first in range(0, len(items), size):
+            samples = [dataset.sample(item, first + i) for i, item in enumerate(items[first : first + size])]
+            batch = {k: v.to(learner.mean.device) if isinstance(v, Tensor) else v for k, v in data.collate(samples).items()}
+            batch |= {name: normalise(batch[name], learner.mean, learner.std) for name in data.images}
+            losses += [float(learner.loss(data.forward(network, batch), batch)["loss"])] * len(samples)
+    return sum(losses) / len(losses)
 
 
 def _predictor(learner: Learner, network: nn.Module, data: Task) -> Predict:
@@ -529,6 +631,7 @@ def _restore(learner: Learner, state: Mapping[str, Any]) -> None:
     if learner.average is not None:
         for name, value in state["average"].items():
             learner.average[name].copy_(value)
+    learner.best = state["best"]
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

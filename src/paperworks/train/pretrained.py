@@ -1,4 +1,4 @@
-"""Published weights under our names: ``paperworks.convert`` and ``pretrained=True``."""
+"""Where training starts from: published weights under our names (``convert``, ``pretrained=True``), or the encoder of another run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from paperworks import papers
 from paperworks.errors import InputError
 from paperworks.tasks.base import Published, Spec
-from paperworks.train.run import configure
+from paperworks.train.run import Run, configure
 
 log = logging.getLogger("paperworks")
 
@@ -88,8 +88,7 @@ def load_pretrained(network: nn.Module, name: str, variant: str, classes: int, s
     ours = convert(name, fetch(where), where.source, variant, **{k: v for k, v in settings.items() if k in known})
     own = network.state_dict()
     if classes != where.classes:
-        head = {id(p) for p in network.head_parameters()} if hasattr(network, "head_parameters") else set()  # type: ignore[operator]
-        heads = {key for key, p in network.named_parameters() if id(p) in head}
+        heads = _heads(network)
         ours = {key: value for key, value in ours.items() if key not in heads}
     for key, value in ours.items():
         if key not in own:
@@ -104,6 +103,43 @@ def load_pretrained(network: nn.Module, name: str, variant: str, classes: int, s
         log.info("as initialised, since nothing is published for them: %s", ", ".join(missing))
 
 
+def encoder_spec(run: Run, spec: Spec) -> Spec:
+    """The data's spec with the mean and standard deviation that the encoder of a run was trained with.
+
+    Raises:
+        InputError: the images have other channels than those it was trained on.
+    """
+    if spec.channels != run.spec.channels:
+        raise InputError(f"--encoder {run.folder} was trained on {run.spec.channels} channels, these images have {spec.channels}")
+    return replace(spec, mean=run.spec.mean, std=run.spec.std)
+
+
+def load_encoder(network: nn.Module, run: Run) -> None:
+    """Put what a run has learnt to see into the part of ``network`` that has the same architecture; the rest stays as it was initialised.
+
+    What a run has learnt to see is its network's ``encoder`` where it has one (methods that train a backbone), else the whole network, in
+    either case without the head.
+
+    Raises:
+        InputError: no part of the network holds all the weights of the encoder.
+    """
+    theirs = run.network()
+    theirs = getattr(theirs, "encoder", theirs)
+    heads = _heads(theirs)
+    weights = {key: value for key, value in theirs.state_dict().items() if key not in heads}
+    for where, part in network.named_modules():
+        own = part.state_dict()
+        if all(key in own and own[key].shape == value.shape for key, value in weights.items()):
+            part.load_state_dict(own | weights)
+            log.info("encoder of %s: %d tensors into %s", run.folder, len(weights), where or "the network")
+            return
+    request = run.request
+    raise InputError(
+        f"--encoder {run.folder} holds {request.paper} {request.variant}, and no part of this network has its {len(weights)} tensors; "
+        "pre-train with the backbone that you want to use (--set backbone=PAPER/VARIANT)"
+    )
+
+
 def fetch(where: Published) -> dict[str, Tensor]:
     """The published state dict, from the cache or the network; never unpickled without torch's restriction to weights."""
     try:
@@ -116,6 +152,12 @@ def fetch(where: Published) -> dict[str, Tensor]:
     except Exception as error:  # whatever the network, the hub or the file does
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{where.repo or where.url} could not be fetched ({line}); check the connection and try again") from None
+
+
+def _heads(network: nn.Module) -> set[str]:
+    """Names of the parameters that tell the classes apart."""
+    head = {id(p) for p in network.head_parameters()} if hasattr(network, "head_parameters") else set()  # type: ignore[operator]
+    return {key for key, p in network.named_parameters() if id(p) in head}
 
 
 def _weights(name: str) -> ModuleType:

@@ -40,6 +40,8 @@ class Request:
     """Train on the first so many items only."""
     pretrained: bool = False
     """Start from the published weights."""
+    encoder: str = ""
+    """Start from what the network of this run folder has learnt to see."""
     precision: str = "auto"
     devices: int = 1
     nodes: int = 1
