@@ -257,9 +257,9 @@ def recipe(config: Config) -> Recipe:
         # Officially halved at epochs 20, 25 and 30 of 32 or 40; ``step`` divides by ten, here once, at the second of them.
         return Recipe(
             optimizer="adam", lr=1e-4, schedule="step", decay_at=(0.7,), warmup=0.0, batch_size=8, patch=128, clip=None,
-            augment=FilmAugment(),
+            keep="best", augment=FilmAugment(),
         )  # fmt: skip
-    return Recipe(optimizer="adam", lr=3e-3, batch_size=4, patch=48, average=0.99, augment=FilmAugment())
+    return Recipe(optimizer="adam", lr=3e-3, batch_size=4, patch=48, average=0.99, keep="best", augment=FilmAugment())
 
 
 def build(spec: Spec, config: Config) -> UDVD:
