@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 _TASKS = {
     "segmentation": ("paperworks.tasks.segmentation", "Segmentation"),
     "classification": ("paperworks.tasks.classification", "Classification"),
+    "video": ("paperworks.tasks.video", "Video"),
     "generation": ("paperworks.tasks.generation", "Generation"),
     "detection": ("paperworks.tasks.detection", "Detection"),
     "representation": ("paperworks.tasks.representation", "Representation"),
     "restoration": ("paperworks.tasks.restoration", "Restoration"),
+    "reading": ("paperworks.tasks.reading", "TextReading"),
 }
 """Task name -> where its contract lives."""
 

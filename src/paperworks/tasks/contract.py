@@ -384,7 +384,7 @@ class Task(ABC):
     @classmethod
     def example(cls, spec: Spec, grid: Grid, *, size: Sequence[int] | None = None, batch: int = 1, seed: int = 0) -> Tensor:
         """Noise that a deployed network takes: B C and sides that are valid for ``grid`` and cover ``size`` (default: the spec's)."""
-        sides = [grid.fit(n) for n in size or spec.size]
+        sides = grid.sides(size or spec.size)
         return torch.rand(batch, spec.channels, *sides, generator=torch.Generator().manual_seed(seed))
 
     @classmethod
