@@ -19,6 +19,7 @@ _TASKS = {
     "detection": ("paperworks.tasks.detection", "Detection"),
     "representation": ("paperworks.tasks.representation", "Representation"),
     "restoration": ("paperworks.tasks.restoration", "Restoration"),
+    "recommendation": ("paperworks.tasks.recommendation", "Recommendation"),
     "reading": ("paperworks.tasks.reading", "TextReading"),
 }
 """Task name -> where its contract lives."""

@@ -65,6 +65,7 @@ class Grid:
     on each side. A U-Net of four poolings with padded convolutions has ``Grid(16)``; the valid one of 2015 has
     ``Grid(16, offset=12, margin=92)``. A network whose inputs have one size only has ``Grid(fixed=224)``: what is larger or
     smaller is resized. Where that is no square, ``fixed`` is the height: ``Grid(fixed=64, width=256)``.
+    Inputs that are clips, C T H W, have ``frames`` too, which lie ``step`` frames apart in the film.
     """
 
     multiple: int = 1
@@ -72,11 +73,14 @@ class Grid:
     margin: int = 0
     fixed: int = 0
     width: int = 0
+    frames: int = 0
+    step: int = 1
 
     def sides(self, lengths: Sequence[int]) -> list[int]:
-        """Smallest valid sides of an input whose output covers ``lengths``; the width comes last."""
+        """Smallest valid sides of an input whose output covers ``lengths``; the width comes last, and the time of a clip first."""
         sides = [self.fit(length) for length in lengths]
-        return [*sides[:-1], self.width] if self.width else sides
+        sides = [*sides[:-1], self.width] if self.width else sides
+        return [self.frames, *sides[1:]] if self.frames else sides
 
     def fit(self, length: int) -> int:
         """Smallest valid input length whose output covers ``length`` pixels; the fixed one where there is one."""
@@ -84,11 +88,6 @@ class Grid:
             return self.fixed
         need = max(length + 2 * self.margin - self.offset, self.multiple)
         return -(-need // self.multiple) * self.multiple + self.offset
-
-    def sides(self, lengths: Sequence[int]) -> list[int]:
-        """``fit`` for each axis; the first of a clip is its time."""
-        sides = [self.fit(length) for length in lengths]
-        return [self.frames, *sides[1:]] if self.frames else sides
 
 
 def grid_of(network: nn.Module) -> Grid:

@@ -259,7 +259,16 @@ class Classification(Task):
     def predict_file(cls, model: Model, source: Path, target: Path, options: Options) -> None:
         """Write a picture of the prediction for one image."""
         with atomic(target) as temporary:
-            PIL.Image.fromarray(bars(_predict(model, source), model.spec.classes)).save(temporary, format="PNG")
+            PIL.Image.fromarray(bars(cls.probabilities(model, source), model.spec.classes)).save(temporary, format="PNG")
+
+    @classmethod
+    def probabilities(cls, model: Model, source: Path) -> Float[Tensor, " K"]:
+        """The prediction for one file."""
+        try:
+            image = unit(read_image(source), model.spec.range, model.spec.channels)
+        except InputError as error:
+            raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
+        return cls.predictor(model.forward, model.spec, model.grid)(image)
 
     @classmethod
     def predict_files(
@@ -284,7 +293,7 @@ class Classification(Task):
         try:
             for i, (source, target) in enumerate(jobs):
                 if str(source) not in done:
-                    found = _predict(model, source)
+                    found = cls.probabilities(model, source)
                     top = int(found.argmax())
                     rest = [f"{p:.6f}" for p in found.tolist()] if options.probabilities else []
                     rows.append([str(source), model.spec.classes[top], f"{float(found[top]):.6f}", *rest])
@@ -319,14 +328,6 @@ def middle_square(image: Float[Tensor, "C H W"], side: int) -> Float[Tensor, "C 
         image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
     top, left = (size[0] - side) // 2, (size[1] - side) // 2
     return image[:, top : top + side, left : left + side].clamp(0, 1)
-
-
-def _predict(model: Model, source: Path) -> Tensor:
-    try:
-        image = unit(read_image(source), model.spec.range, model.spec.channels)
-    except InputError as error:
-        raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
-    return Classification.predictor(model.forward, model.spec, model.grid)(image)
 
 
 def titled(picture: Picture, title: str, side: int = 160) -> Picture:
