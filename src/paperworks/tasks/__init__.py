@@ -21,6 +21,8 @@ _TASKS = {
     "restoration": ("paperworks.tasks.restoration", "Restoration"),
     "recommendation": ("paperworks.tasks.recommendation", "Recommendation"),
     "reading": ("paperworks.tasks.reading", "TextReading"),
+    "contours": ("paperworks.tasks.contours", "Contours"),
+    "captions": ("paperworks.tasks.captions", "Captions"),
 }
 """Task name -> where its contract lives."""
 
