@@ -23,6 +23,7 @@ _TASKS = {
     "reading": ("paperworks.tasks.reading", "TextReading"),
     "contours": ("paperworks.tasks.contours", "Contours"),
     "captions": ("paperworks.tasks.captions", "Captions"),
+    "documents": ("paperworks.tasks.documents", "Documents"),
 }
 """Task name -> where its contract lives."""
 
