@@ -24,6 +24,7 @@ _TASKS = {
     "contours": ("paperworks.tasks.contours", "Contours"),
     "captions": ("paperworks.tasks.captions", "Captions"),
     "documents": ("paperworks.tasks.documents", "Documents"),
+    "translation": ("paperworks.tasks.translation", "Translation"),
 }
 """Task name -> where its contract lives."""
 

@@ -1,0 +1,1 @@
+"""Language: networks that read and write texts."""
