@@ -228,14 +228,6 @@ def test_a_broken_file_is_named(data, tmp_path):
         data.predict_files(model(data), [tmp_path / "broken.png"], tmp_path / "out", Options())
 
 
-def test_own_loss_wants_classes_together():
-    label = torch.tensor([0, 0, 1, 1])
-    together, apart = torch.eye(2).repeat_interleave(2, 0), torch.eye(2).repeat(2, 1)
-    near, far = (float(Representation.loss({"embedding": x}, {"label": label})["loss"]) for x in (together, apart))
-    assert near < 0.01 < far
-    assert float(Representation.loss({"embedding": together}, {"label": torch.full((4,), -1)})["loss"]) == 0
-
-
 def test_too_few_images(tmp_path):
     paint(tmp_path / "only.png", 0, 0)
     with pytest.raises(InputError, match="add images"):

@@ -17,7 +17,6 @@ import csv
 import dataclasses
 import json
 import math
-import threading
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -34,8 +33,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from paperworks.data import coco, splits
+from paperworks.data.collection import Collection, Memory
 from paperworks.data.fingerprint import (
-    Fingerprint,
     Scan,
     cache_key,
     digest,
@@ -46,7 +45,7 @@ from paperworks.data.fingerprint import (
     scan_image,
     summarise,
 )
-from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image, unit
+from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image
 from paperworks.data.labels import read_json, read_settings
 from paperworks.data.layouts import SPLITS, Item, Problem, is_hidden
 from paperworks.data.packs import source_path
@@ -97,7 +96,7 @@ class _Row(NamedTuple):
 
 
 @dataclass
-class _Written:
+class Written:
     """What annotation files say."""
 
     layout: str
@@ -113,83 +112,35 @@ class _Written:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Boxes:
-    """A data set of boxes. What could not be used is in ``problems``; everything else can be read without surprises."""
+class Boxes(Collection[BoxItem]):
+    """Images with boxes."""
 
-    source: str
-    root: Path
-    layout: str
-    items: tuple[BoxItem, ...] = field(repr=False)
     classes: tuple[str, ...]
-    problems: tuple[Problem, ...] = field(repr=False)
-    fingerprint: Fingerprint
-    _reader: _Reader = field(repr=False)
-
-    def split(self, name: str) -> tuple[BoxItem, ...]:
-        """Items of ``train``, ``val`` or ``test``."""
-        return tuple(i for i in self.items if i.split == name)
+    _once: Memory = field(repr=False)
 
     def image(self, item: BoxItem) -> Float[Tensor, "C H W"]:
         """The image as float32 in [0, 1], with the channels that the whole set has."""
-        return unit(self._reader(item), self.fingerprint.range, self.fingerprint.channels)
+        return self.unit(decoded(item, self._once))
 
     def describe(self) -> dict[str, Any]:
         """Everything that a person wants to know before training, as plain values for JSON."""
-        print_ = self.fingerprint
         objects = [len(i.objects) for i in self.items]
         total = max(sum(objects), 1)
         boxes = Counter(o.label for i in self.items for o in i.objects)
         images = Counter(label for i in self.items for label in {o.label for o in i.objects})
-        return {
-            "source": self.source,
-            "root": str(self.root),
-            "task": "detection",
-            "layout": self.layout,
-            "items": len(self.items),
-            "unlabelled": 0,
-            "splits": {s: len(self.split(s)) for s in ("train", "val", "test")},
-            "groups": len({i.group for i in self.items if i.group}) or None,
-            "channels": print_.channels,
-            "dtype": print_.dtype,
-            "bit_depth": print_.bit_depth,
-            "range": list(print_.range),
-            "sizes": {"min": list(print_.min_size), "median": list(print_.median_size), "max": list(print_.max_size)},
-            "mean": [round(m, 6) for m in print_.mean],
-            "std": [round(s, 6) for s in print_.std],
-            "classes": [
+        return self.facts(
+            task="detection",
+            unlabelled=0,
+            classes=[
                 {"name": n, "share": round(boxes[k] / total, 6), "objects": boxes[k], "images": images[k]}
                 for k, n in enumerate(self.classes)
             ],
-            "objects": {"min": min(objects), "median": int(np.median(objects)), "max": max(objects)},
-            "sha256": print_.sha256,
-            "problems": [{"path": str(p.path), "what": p.what, "fix": p.fix} for p in self.problems],
-        }
+            objects={"min": min(objects), "median": int(np.median(objects)), "max": max(objects)},
+        )
 
 
-class _Reader:
-    """Decodes images, and keeps what it decoded up to a number of bytes; a copy in another process starts empty."""
-
-    def __init__(self, memory: int) -> None:
-        self.memory = memory
-        self._kept: dict[str, np.ndarray] = {}
-        self._bytes, self._lock = 0, threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"memory": self.memory}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["memory"])
-
-    def __call__(self, item: Item) -> Shaped[np.ndarray, "H W C"]:
-        if item.name not in self._kept:
-            image = read_image(item.images[0])
-            image.flags.writeable = False
-            with self._lock:
-                if item.name not in self._kept and self._bytes + image.nbytes <= self.memory:
-                    self._kept[item.name] = image
-                    self._bytes += image.nbytes
-            return image
-        return self._kept[item.name]
+def decoded(item: Item, once: Memory) -> Shaped[np.ndarray, "H W C"]:
+    return once(item.name, lambda: read_image(item.images[0]))
 
 
 def open_boxes(source: str | Path, *, progress: Callable[[int, int], None] | None = None, memory: int = MEMORY) -> Boxes:
@@ -201,8 +152,8 @@ def open_boxes(source: str | Path, *, progress: Callable[[int, int], None] | Non
     path = source_path(source)
     root = path if path.is_dir() else path.parent
     written = _written(path, root)
-    reader = _Reader(memory)
-    scans = _examined(root, written, reader, progress)
+    once = Memory(memory)
+    scans = examined(root, written, once, progress)
     problems, items = list(written.problems), []
     classes = written.classes or sorted({row.label for rows in written.rows.values() for row in rows})
     good = [i for i in written.images if isinstance(scans[i.name], Scan)]
@@ -239,7 +190,7 @@ def open_boxes(source: str | Path, *, progress: Callable[[int, int], None] | Non
         classes=tuple(classes),
         problems=tuple(problems),
         fingerprint=print_,
-        _reader=reader,
+        _once=once,
     )
 
 
@@ -269,7 +220,7 @@ def _outlined(files: Sequence[Path]) -> bool | None:
 # --- what the files say ------------------------------------------------------------------------------------------------------------------
 
 
-def _written(path: Path, root: Path) -> _Written:
+def _written(path: Path, root: Path) -> Written:
     files = [path] if path.is_file() else coco.annotation_files(root)
     if path.is_dir() or path.suffix.lower() == ".json":
         if (read := coco.find(files, read_settings(root))) is not None:
@@ -287,8 +238,8 @@ def _written(path: Path, root: Path) -> _Written:
     )
 
 
-def _coco(found: Any, notes: coco.Annotations) -> _Written:
-    out = _Written("COCO", found.files, list(notes.names[1:]), found.items, problems=found.problems)
+def _coco(found: Any, notes: coco.Annotations) -> Written:
+    out = Written("COCO", found.files, list(notes.names[1:]), found.items, problems=found.problems)
     for item in found.items:
         out.sizes[item.name] = notes.sizes[item.coco]
         for entry in notes.objects[item.coco]:
@@ -313,8 +264,8 @@ def _voc_files(root: Path) -> list[Path]:
     return sorted(p for pattern in ("*.xml", "*/*.xml", "*/*/*.xml") for p in root.glob(pattern) if not is_hidden(p, root))
 
 
-def _voc(root: Path, files: Sequence[Path]) -> _Written:
-    out = _Written("Pascal VOC", list(files))
+def _voc(root: Path, files: Sequence[Path]) -> Written:
+    out = Written("Pascal VOC", list(files))
     short = Counter(p.stem for p in files)
     said = _image_sets(root)
     for path in files:
@@ -391,8 +342,8 @@ def _columns(path: Path) -> tuple[dict[str, int], bool] | None:
     return (dict(zip(COLUMNS, range(6))), False) if image and len(first) == 6 else None
 
 
-def _csv(files: Sequence[Path]) -> _Written:
-    out = _Written("CSV", list(files))
+def _csv(files: Sequence[Path]) -> Written:
+    out = Written("CSV", list(files))
     seen: dict[Path, str] = {}
     for path in files:
         columns, header = cast(tuple[dict[str, int], bool], _columns(path))
@@ -442,7 +393,7 @@ def _number(text: str | None) -> float | str | None:
 # --- whether it can be so ---------------------------------------------------------------------------------------------------------------
 
 
-def _examined(root: Path, written: _Written, reader: _Reader, progress: Callable[[int, int], None] | None) -> dict[str, Scan | InputError]:
+def examined(root: Path, written: Written, once: Memory, progress: Callable[[int, int], None] | None) -> dict[str, Scan | InputError]:
     """Each image's sums, or what is wrong with it; recalled if no file has changed."""
     files = [i.images[0] for i in written.images]
     key = cache_key(root, [*files, *written.files], "boxes" + json.dumps([i.name for i in written.images]))
@@ -452,7 +403,7 @@ def _examined(root: Path, written: _Written, reader: _Reader, progress: Callable
     samples = samples_per_image(len(files))
 
     def scan(item: Item) -> Scan:
-        out = scan_image(reader(item), read_header(item.images[0]).bit_depth, samples)
+        out = scan_image(decoded(item, once), read_header(item.images[0]).bit_depth, samples)
         out.digest = f"{item.name} {digest(item.images)}"
         return out
 
@@ -474,7 +425,7 @@ def _recalled(kept: Any) -> Scan | InputError:
     return Scan(**{**kept, **arrays, "size": tuple(kept["size"])})
 
 
-def _checked(item: Item, scan: Scan, written: _Written, classes: Sequence[str]) -> BoxItem:
+def _checked(item: Item, scan: Scan, written: Written, classes: Sequence[str]) -> BoxItem:
     """The item with its objects.
 
     Raises:

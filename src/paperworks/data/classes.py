@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from paperworks.data import splits
+from paperworks.data.collection import Collection, Memory
 from paperworks.data.fingerprint import (
     Fingerprint,
     Scan,
@@ -29,21 +30,18 @@ from paperworks.data.fingerprint import (
     scan_image,
     summarise,
 )
-from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image, unit
+from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image
 from paperworks.data.layouts import SPLITS, Item, Problem, is_hidden
 from paperworks.data.packs import source_path
 from paperworks.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+    pass
 
 FILE_COLUMNS = ("file", "filename", "image", "path", "name")
 LABEL_COLUMNS = ("label", "class", "category", "target", "species")
 ROLES = {"images", "image", "masks", "mask", "labels", "annotations", "imagestr", "labelstr", "imagests", "jpegimages"}
 """Folder names that say what the files are, not what they show."""
-MEMORY = 1 << 30
-"""Bytes of decoded images that a ``ClassFolder`` keeps."""
 
 
 @dataclass(frozen=True)
@@ -62,76 +60,31 @@ class ClassItem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassFolder:
-    """A data set on the disk; what could not be used is in ``problems``."""
+class ClassFolder(Collection[ClassItem]):
+    """Images with a class each."""
 
-    source: str
-    root: Path
-    layout: str
-    items: tuple[ClassItem, ...] = field(repr=False)
     classes: tuple[str, ...]
     """Names in alphabetical order, numbers by value; empty where there are no labels."""
-    problems: tuple[Problem, ...] = field(repr=False)
-    fingerprint: Fingerprint
-    _kept: dict[str, np.ndarray] = field(repr=False, compare=False)
+    _once: Memory = field(repr=False, compare=False)
     _arrays: dict[str, np.ndarray] = field(repr=False, compare=False)
-
-    def split(self, name: str) -> tuple[ClassItem, ...]:
-        """Items of ``train``, ``val`` or ``test``."""
-        return tuple(i for i in self.items if i.split == name)
-
-    @property
-    def train(self) -> tuple[ClassItem, ...]:
-        """Items to learn from."""
-        return self.split("train")
-
-    @property
-    def val(self) -> tuple[ClassItem, ...]:
-        """Items to choose and judge by."""
-        return self.split("val")
 
     def image(self, item: ClassItem) -> Shaped[np.ndarray, "H W C"]:
         """The image in the file's own type and range; read-only."""
         if item.row is not None:
             array = self._arrays[item.row[0]][item.row[1]]
             return array[..., None] if array.ndim == 2 else array
-        if item.name not in self._kept:
-            image = read_image(item.path)
-            image.flags.writeable = False
-            if sum(a.nbytes for a in self._kept.values()) + image.nbytes > MEMORY:
-                return image
-            self._kept[item.name] = image
-        return self._kept[item.name]
-
-    def unit(self, array: Shaped[np.ndarray, "H W C"]) -> Float[Tensor, "C H W"]:
-        """An image of this data set as float32 in [0, 1], with the channels that the whole set has."""
-        return unit(array, self.fingerprint.range, self.fingerprint.channels)
+        return self._once(item.name, lambda: read_image(item.path))
 
     def describe(self) -> dict[str, Any]:
         """Everything that a person wants to know before training, as plain values for JSON."""
-        print_ = self.fingerprint
         counts = Counter(i.label for i in self.items if i.label is not None)
-        return {
-            "source": self.source,
-            "root": str(self.root),
-            "layout": self.layout,
-            "items": len(self.items),
-            "labelled": counts.total(),
-            "splits": {s: len(self.split(s)) for s in ("train", "val", "test")},
-            "groups": len({i.group for i in self.items if i.group}) or None,
-            "channels": print_.channels,
-            "dtype": print_.dtype,
-            "bit_depth": print_.bit_depth,
-            "sizes": {"min": list(print_.min_size), "median": list(print_.median_size), "max": list(print_.max_size)},
-            "mean": [round(m, 6) for m in print_.mean],
-            "std": [round(s, 6) for s in print_.std],
-            "classes": [
+        return self.facts(
+            labelled=counts.total(),
+            classes=[
                 {"name": name, "share": round(counts[i] / max(counts.total(), 1), 6), "images": counts[i]}
                 for i, name in enumerate(self.classes)
             ],
-            "sha256": print_.sha256,
-            "problems": [{"path": str(p.path), "what": p.what, "fix": p.fix} for p in self.problems],
-        }
+        )
 
 
 @dataclass
@@ -207,7 +160,7 @@ def open_classes(source: str | Path, *, labelled: bool = True, progress: Callabl
         classes=tuple(names),
         problems=tuple(problems),
         fingerprint=print_,
-        _kept={},
+        _once=Memory(),
         _arrays=arrays,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32, Integer, Shaped, UInt8
 
 from paperworks.data import coco, layouts, splits
+from paperworks.data.collection import Collection, Memory
 from paperworks.data.fingerprint import (
     Fingerprint,
     Scan,
@@ -29,7 +29,7 @@ from paperworks.data.fingerprint import (
     scan_mask,
     summarise,
 )
-from paperworks.data.images import read_header, unit
+from paperworks.data.images import read_header
 from paperworks.data.labels import IGNORE, SETTINGS, Coding, Settings, decide, read_settings
 from paperworks.data.layouts import Found, Item, Problem
 from paperworks.data.nifti import Geometry, is_readable, is_volume, read_array, read_geometry, read_mask_or_labels, stem
@@ -37,8 +37,7 @@ from paperworks.data.packs import source_path
 from paperworks.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+    pass
 
 Progress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
@@ -92,24 +91,17 @@ def open_folder(source: str | Path, *, labelled: bool = True, progress: Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder:
-    """A data set on the disk. What could not be used is in ``problems``; everything else can be read without surprises.
+class Folder(Collection[Item]):
+    """Images or volumes with masks, polygons or boxes.
 
     A ``Folder`` can be sent to worker processes; the arrays that it keeps in memory stay behind.
     """
 
-    source: str
-    root: Path
-    layout: str
     task: str
     """``segmentation``, ``detection`` (boxes only) or ``images`` (no labels)."""
-    items: tuple[Item, ...] = field(repr=False)
-    """Usable items with labels, by name."""
     unlabelled: tuple[Item, ...] = field(repr=False)
     """Usable images without labels."""
-    problems: tuple[Problem, ...] = field(repr=False)
     coding: Coding = field(repr=False)
-    fingerprint: Fingerprint
     settings: Settings
     _reader: _Reader = field(repr=False)
     ignore: int = IGNORE
@@ -124,20 +116,6 @@ class Folder:
     def instances(self) -> bool:
         """Whether the labels tell objects of one class apart."""
         return self.coding.instances
-
-    @property
-    def train(self) -> tuple[Item, ...]:
-        """Items to learn from."""
-        return self.split("train")
-
-    @property
-    def val(self) -> tuple[Item, ...]:
-        """Items to choose and judge by."""
-        return self.split("val")
-
-    def split(self, name: str) -> tuple[Item, ...]:
-        """Items of ``train``, ``val`` or ``test``."""
-        return tuple(i for i in self.items if i.split == name)
 
     def image(self, item: Item) -> Shaped[np.ndarray, "*size C"]:
         """The image H W C, or the volume D H W C, in the files' own type and range; read-only."""
@@ -173,10 +151,6 @@ class Folder:
         """Millimetres from pixel to pixel, in the order of the axes; None where nothing says it."""
         return read_geometry(item.images[0]).spacing if is_volume(item.images[0]) else self.fingerprint.spacing
 
-    def unit(self, array: Shaped[np.ndarray, "*size C"]) -> Float[Tensor, "C *size"]:
-        """An image of this data set as float32 in [0, 1], with the channels that the whole set has."""
-        return unit(array, self.fingerprint.range, self.fingerprint.channels)
-
     def describe(self) -> dict[str, Any]:
         """Everything that a person wants to know before training, as plain values for JSON."""
         print_ = self.fingerprint
@@ -184,32 +158,17 @@ class Folder:
             {"name": n, "share": round(p, 6), "images": i}
             for n, p, i in zip(self.class_names, print_.class_pixels, print_.class_images, strict=False)
         ]
-        return {
-            "source": self.source,
-            "root": str(self.root),
-            "task": self.task,
-            "layout": self.layout,
-            "labels": ("instances" if self.instances else "classes") if self.task == "segmentation" else None,
-            "rule": self.coding.rule,
-            "items": len(self.items),
-            "unlabelled": len(self.unlabelled),
-            "splits": {s: len(self.split(s)) for s in ("train", "val", "test")},
-            "groups": len({i.group for i in self.items if i.group}) or None,
-            "channels": print_.channels,
-            "channel_names": list(self.settings.channels) if self.settings.channels else None,
-            "dtype": print_.dtype,
-            "bit_depth": print_.bit_depth,
-            "range": list(print_.range),
-            "sizes": {"min": list(print_.min_size), "median": list(print_.median_size), "max": list(print_.max_size)},
-            "mean": [round(m, 6) for m in print_.mean],
-            "std": [round(s, 6) for s in print_.std],
-            "spacing": list(print_.spacing) if print_.spacing else None,
-            "classes": classes,
-            "ignored": round(print_.ignored, 6),
-            "objects": dict(zip(("min", "median", "max"), print_.objects)) if print_.objects else None,
-            "sha256": print_.sha256,
-            "problems": [{"path": str(p.path), "what": p.what, "fix": p.fix} for p in self.problems],
-        }
+        return self.facts(
+            task=self.task,
+            labels=("instances" if self.instances else "classes") if self.task == "segmentation" else None,
+            rule=self.coding.rule,
+            unlabelled=len(self.unlabelled),
+            channel_names=list(self.settings.channels) if self.settings.channels else None,
+            spacing=list(print_.spacing) if print_.spacing else None,
+            classes=classes,
+            ignored=round(print_.ignored, 6),
+            objects=dict(zip(("min", "median", "max"), print_.objects)) if print_.objects else None,
+        )
 
     def _labels(self, item: Item) -> Integer[np.ndarray, "*size"]:
         if self.task == "detection":
@@ -222,22 +181,10 @@ class Folder:
 
 
 class _Reader:
-    """Decodes, and keeps what it decoded up to a number of bytes. Safe for threads; a copy in another process starts empty."""
+    """Decodes what belongs to an item."""
 
     def __init__(self, notes: coco.Annotations | None, memory: int) -> None:
-        self.notes, self.memory = notes, memory
-        self._start()
-
-    def _start(self) -> None:
-        self._kept: dict[tuple[str, ...], Any] = {}
-        self._bytes, self._lock = 0, threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"notes": self.notes, "memory": self.memory}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
+        self.notes, self._once = notes, Memory(memory)
 
     def image(self, item: Item) -> np.ndarray:
         return self._once(("image", item.name), lambda: _stack([read_array(p) for p in item.images], item))
@@ -258,20 +205,6 @@ class _Reader:
         assert self.notes is not None and item.coco is not None
         notes, key = self.notes, item.coco
         return self._once(("coco", item.name), lambda: notes.draw(key))
-
-    def _once(self, key: tuple[str, ...], read: Callable[[], Any]) -> Any:
-        if key in self._kept:
-            return self._kept[key]
-        value = read()
-        arrays = value if isinstance(value, tuple) else (value,)
-        for array in arrays:
-            array.flags.writeable = False
-        size = sum(a.nbytes for a in arrays)
-        with self._lock:
-            if key not in self._kept and self._bytes + size <= self.memory and not isinstance(value, np.memmap):
-                self._kept[key] = value
-                self._bytes += size
-        return value
 
 
 def _stack(channels: Sequence[np.ndarray], item: Item) -> np.ndarray:
