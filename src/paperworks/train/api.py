@@ -133,8 +133,8 @@ def fit(
 def choose_variant(name: str, data: Task, budget: Budget, settings: dict[str, Any], seed: int) -> str:
     """The largest of the paper's ``auto`` variants that sees the data often enough within the budget, by measured step times.
 
-    Without a budget in time, or for a paper that solves for its weights, there is nothing to fit into, and the cheapest is taken. A variant is taken to cost at least twice what the one
-    before it costs: where even that would be too much it is not measured.
+    Without a budget in time, or for a paper that solves for its weights, there is nothing to fit into, and the cheapest is taken. A variant
+    is taken to cost at least twice what the one before it costs: where even that would be too much it is not measured.
     """
     candidates = papers.paper(name).auto
     if not candidates:
