@@ -517,7 +517,8 @@ def make_learner(fabric: Any, request: Request, paper: Paper, config: Any, recip
         load_pretrained(network, request.paper, request.variant, len(spec.classes), request.settings)
     if request.encoder:
         load_encoder(network, Run.load(request.encoder))
-    network = network.to(memory_format=torch.channels_last if spec.ndim == 2 else torch.channels_last_3d)
+    flat = spec.ndim == 2 and not grid_of(network).frames
+    network = network.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
     optimizer = build_optimizer(network, recipe)
     average = {k: v.clone() for k, v in network.state_dict().items()} if recipe.average and not paper.solve else None
     network, optimizer = fabric.setup(network, optimizer)
