@@ -22,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from paperworks.data import splits
-from paperworks.data.boxes import BoxItem, Object, _examined, _Reader, _Written, open_boxes
-from paperworks.data.fingerprint import Fingerprint, Scan, summarise
-from paperworks.data.images import unit
+from paperworks.data.boxes import BoxItem, Object, decoded, examined, Written, open_boxes
+from paperworks.data.collection import Collection, Memory
+from paperworks.data.fingerprint import Scan, summarise
 from paperworks.data.labels import read_json
 from paperworks.data.layouts import SPLITS, Item, Problem, is_hidden
 from paperworks.data.packs import source_path
@@ -46,57 +46,31 @@ class CaptionItem(BoxItem):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captioned:
-    """A data set of images with sentences. What could not be used is in ``problems``."""
+class Captioned(Collection[CaptionItem]):
+    """Images with sentences."""
 
-    source: str
-    root: Path
-    layout: str
-    items: tuple[CaptionItem, ...] = field(repr=False)
     classes: tuple[str, ...]
     """Of the boxes; empty where there are none."""
     attributes: tuple[str, ...]
-    problems: tuple[Problem, ...] = field(repr=False)
-    fingerprint: Fingerprint
-    _reader: Any = field(repr=False)
-
-    def split(self, name: str) -> tuple[CaptionItem, ...]:
-        """Items of ``train``, ``val`` or ``test``."""
-        return tuple(i for i in self.items if i.split == name)
+    _once: Memory = field(repr=False)
 
     def image(self, item: CaptionItem) -> Float[Tensor, "C H W"]:
         """The image as float32 in [0, 1], with the channels that the whole set has."""
-        return unit(self._reader(item), self.fingerprint.range, self.fingerprint.channels)
+        return self.unit(decoded(item, self._once))
 
     def describe(self) -> dict[str, Any]:
         """Everything that a person wants to know before training, as plain values for JSON."""
-        print_ = self.fingerprint
         counts = [len(i.captions) for i in self.items]
         objects = Counter(o.label for i in self.items for o in i.objects)
-        return {
-            "source": self.source,
-            "root": str(self.root),
-            "layout": self.layout,
-            "items": len(self.items),
-            "unlabelled": 0,
-            "splits": {s: len(self.split(s)) for s in ("train", "val", "test")},
-            "groups": len({i.group for i in self.items if i.group}) or None,
-            "channels": print_.channels,
-            "dtype": print_.dtype,
-            "bit_depth": print_.bit_depth,
-            "range": list(print_.range),
-            "sizes": {"min": list(print_.min_size), "median": list(print_.median_size), "max": list(print_.max_size)},
-            "mean": [round(m, 6) for m in print_.mean],
-            "std": [round(s, 6) for s in print_.std],
-            "captions": {"all": sum(counts), "min": min(counts), "max": max(counts)},
-            "classes": [
+        return self.facts(
+            task="captions",
+            captions={"all": sum(counts), "min": min(counts), "max": max(counts)},
+            classes=[
                 {"name": name, "share": round(objects[k] / max(objects.total(), 1), 6), "objects": objects[k]}
                 for k, name in enumerate(self.classes)
             ],
-            "attributes": list(self.attributes),
-            "sha256": print_.sha256,
-            "problems": [{"path": str(p.path), "what": p.what, "fix": p.fix} for p in self.problems],
-        }
+            attributes=list(self.attributes),
+        )
 
 
 @dataclass
@@ -132,11 +106,11 @@ def open_captions(source: str | Path, *, progress: Callable[[int, int], None] | 
     root = path if path.is_dir() else path.parent
     said = _said(path)
     objects, classes, attributes, box_files = _objects(root, said, progress)
-    reader = _Reader(memory)
+    once = Memory(memory)
     images = list(said.images.values())
     if len({i.name for i in images}) < len(images):  # folders that differ in nothing but the files' endings
         images = [dataclasses.replace(i, name=i.images[0].relative_to(root).as_posix()) for i in images]
-    scans = _examined(root, _Written(said.layout, [*said.files, *box_files], images=images), reader, progress)
+    scans = examined(root, Written(said.layout, [*said.files, *box_files], images=images), once, progress)
     problems, items = list(said.problems), []
     good = [s for s in scans.values() if isinstance(s, Scan)]
     kind = Counter(s.dtype for s in good).most_common(1)[0][0] if good else ""
@@ -177,7 +151,7 @@ def open_captions(source: str | Path, *, progress: Callable[[int, int], None] | 
         attributes=tuple(attributes),
         problems=tuple(problems),
         fingerprint=summarise([cast(Scan, scans[i.name]) for i in usable], wanted, None, json.dumps([classes, attributes]) + contents),
-        _reader=reader,
+        _once=once,
     )
 
 
@@ -188,9 +162,10 @@ def _lines(path: Path) -> list[dict[str, str]]:
     """The rows of a table under the names of its first line, in lower case."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as f:
-            return [{(k or "").strip().lower(): (v or "").strip() for k, v in row.items() if isinstance(v, str)} for row in csv.DictReader(f)]
+            rows = list(csv.DictReader(f))
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 with commas") from None
+    return [{(k or "").strip().lower(): v.strip() for k, v in row.items() if isinstance(v, str)} for row in rows]
 
 
 def _columns(path: Path) -> tuple[str, str] | None:
@@ -275,7 +250,9 @@ def _from_notes(files: list[Path]) -> _Said:
         for number in sorted((n for n, image in found.items() if image is None), key=str):
             out.problems.append(Problem(path, f"names {names[number]!r}, which is not there", "put it beside the file or into 'images'"))
         strange = {number for number, _ in notes} - set(names)
-        out.problems += [Problem(path, f"has captions of image {n}, which it does not list", "remove them") for n in sorted(strange, key=str)]
+        out.problems += [
+            Problem(path, f"has captions of image {n}, which it does not list", "remove them") for n in sorted(strange, key=str)
+        ]
         for number, caption in notes:
             if number in strange or (image := found[number]) is None:
                 continue
@@ -294,7 +271,9 @@ def _objects(
 ) -> tuple[dict[Path, list[tuple[Object, int]]], list[str], list[str], list[Path]]:
     """Of each image its objects with their attributes; names of classes and attributes; the files that say so."""
     table = root / "boxes.csv"
-    files = [table] if table.is_file() else [p for p in sorted([*root.glob("*.json"), *root.glob("*/*.json")]) if "instances" in p.stem.lower()]
+    files = (
+        [table] if table.is_file() else [p for p in sorted([*root.glob("*.json"), *root.glob("*/*.json")]) if "instances" in p.stem.lower()]
+    )
     opened = [open_boxes(file, progress=progress) for file in files]
     for problem in (p for boxes in opened for p in boxes.problems):
         said.problems.append(problem)

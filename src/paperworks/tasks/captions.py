@@ -215,11 +215,11 @@ class Captions(Task):
     @classmethod
     def inspect(cls, source: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
         """What the data say of themselves."""
-        return {"task": cls.name, **open_captions(source, progress=progress).describe()}
+        return open_captions(source, progress=progress).describe()
 
     def describe(self) -> dict[str, Any]:
         """What the data say of themselves, and how many words they have."""
-        return {"task": self.name, **self.data.describe(), "words": len(self.spec.more["words"]), "longest": self.spec.more["length"] - 1}
+        return {**self.data.describe(), "words": len(self.spec.more["words"]), "longest": self.spec.more["length"] - 1}
 
     def check(self, spec: Spec) -> None:
         """Refuse images with other channels; other words and objects are no hindrance."""
@@ -257,8 +257,8 @@ class Captions(Task):
     def indices(self, caption: str) -> list[int]:
         """A sentence as the network learns it: its words, the end, and -1 up to the common length."""
         length = self.spec.more["length"]
-        known = [self._index.get(word, UNKNOWN) for word in tokens(caption)][: length - 1] + [END]
-        return known + [-1] * (length - len(known))
+        known = [self._index.get(word, UNKNOWN) for word in tokens(caption)[: length - 1]]
+        return [*known, END, *[-1] * (length - 1 - len(known))]
 
     @staticmethod
     def collate(samples: list[Sample]) -> Batch:
@@ -400,7 +400,9 @@ class Captions(Task):
         finally:
             write_json(out / ANSWER, rows)
             with atomic(out / TABLE) as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
-                csv.writer(f).writerows([["file", "caption", "log_probability"], *([r[k] for k in ("file", "caption", "logp")] for r in rows)])
+                csv.writer(f).writerows(
+                    [["file", "caption", "log_probability"], *([r[k] for k in ("file", "caption", "logp")] for r in rows)]
+                )
         return written
 
     # Data that do not exist
@@ -451,7 +453,13 @@ class Captions(Task):
 
 def plain(words: Sequence[str]) -> dict[str, Any]:
     """A prediction of which nothing but the sentence is known."""
-    return {"caption": " ".join(words), "words": list(words), "logp": 0.0, "attention": torch.zeros(len(words), 0), "boxes": torch.zeros(0, 4)}
+    return {
+        "caption": " ".join(words),
+        "words": list(words),
+        "logp": 0.0,
+        "attention": torch.zeros(len(words), 0),
+        "boxes": torch.zeros(0, 4),
+    }
 
 
 def _read(model: Model, source: Path) -> tuple[Tensor, dict[str, Any]]:
