@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.text import CharErrorRate
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from paperworks.data.images import read_image, unit
 from paperworks.data.words import LONGEST, WordItem, looks_like_words, open_words
@@ -67,33 +66,59 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Vary:
-    """Training images: stretched to the network's size, on demand moved, sheared and lit otherwise."""
+    """Training images: stretched to the network's size, on demand moved, slanted, bent and lit otherwise."""
 
     shift: float = 0.0
     """Largest shift, as a share of height and width."""
     scale: float = 0.0
-    """Largest change of size."""
-    shear: float = 0.0
-    """Largest slant in degrees."""
+    """Largest change of height and of width."""
+    slant: float = 0.0
+    """Largest shift of the upper edge against the lower one, as a share of the height."""
+    arc: float = 0.0
+    """Largest height of the arc along which the text runs, as a share of the height."""
+    tilt: float = 0.0
+    """Largest difference in height between its ends."""
     light: float = 0.0
     """Largest change of brightness and contrast."""
 
     def __call__(self, sample: Sample, patch: Sequence[int], generator: torch.Generator) -> Sample:
         """The sample at the height and width ``patch``."""
         image = stretched(sample["image"].as_subclass(Tensor), patch)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            if self.shift or self.scale or self.shear:
-                scale, shear = (1 - self.scale, 1 + self.scale), (-self.shear, self.shear)
-                edge = image[:, :, :1].mean((1, 2)).tolist()
-                move = v2.RandomAffine(
-                    0, (self.shift, self.shift), scale, shear, interpolation=v2.InterpolationMode.BILINEAR, fill=edge  # pyright: ignore[reportArgumentType]
-                )  # fmt: skip
-                image = move(image)
-            if self.light:
-                contrast, brightness = (1 + self.light * (2 * torch.rand(2) - 1)).tolist()
-                image = ((image - 0.5) * contrast + 0.5 * brightness).clamp(0, 1)
+        chance = (2 * torch.rand(9, generator=generator) - 1).tolist()
+        if self.shift or self.scale or self.slant or self.arc or self.tilt:
+            place = places(patch, self.arc * chance[0], self.tilt * chance[1]) - 0.5
+            x, y = place.unbind(-1)
+            x = x * (1 + self.scale * chance[2]) + self.shift * chance[3] + self.slant * patch[0] / patch[1] * chance[4] * y
+            y = y * (1 + self.scale * chance[5]) + self.shift * chance[6]
+            image = sampled(image, torch.stack([x, y], -1) + 0.5)
+        if self.light:
+            image = (0.5 + (image - 0.5) * (1 + self.light * chance[7]) + 0.5 * self.light * chance[8]).clamp(0, 1)
         return sample | {"image": tv_tensors.Image(image)}
+
+
+def edges(width: int, arc: float, tilt: float) -> Float[Tensor, "2 W"]:
+    """Upper and lower edge of a text that runs along a parabola of height ``arc`` (sagging where positive) and rises or falls by ``tilt``.
+
+    Heights are shares of the picture's, which the text fills; the higher the arc, the lower its letters.
+    """
+    x = (torch.arange(width) + 0.5) / width * 2 - 1
+    curve = arc * (1 - x**2) + tilt / 2 * x
+    upper = curve - curve.min()
+    return torch.stack([upper, upper + 1 - upper.max()])
+
+
+def places(size: Sequence[int], arc: float, tilt: float) -> Float[Tensor, "h w 2"]:
+    """For each pixel of a picture of bent text the place x, y in [0, 1] that it has in the straight one."""
+    height, width = size
+    upper, lower = edges(width, arc, tilt)
+    x = ((torch.arange(width) + 0.5) / width).expand(height, width)
+    y = ((torch.arange(height)[:, None] + 0.5) / height - upper) / (lower - upper)
+    return torch.stack([x, y], -1)
+
+
+def sampled(image: Float[Tensor, "C H W"], places: Float[Tensor, "h w 2"]) -> Float[Tensor, "C h w"]:
+    """The image at places x, y in [0, 1]; outside it goes on with the pixels of its border."""
+    return F.grid_sample(image[None], 2 * places[None] - 1, padding_mode="border", align_corners=False)[0]
 
 
 def stretched(image: Float[Tensor, "C H W"], size: Sequence[int]) -> Float[Tensor, "C h w"]:

@@ -1,0 +1,1 @@
+"""Readers: text in images."""
