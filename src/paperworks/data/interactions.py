@@ -7,7 +7,7 @@ those of the other side are what is recommended to them. Where both tables are t
 
 In the table of attributes, a column whose name begins as above or is ``id`` names the entity, ``title`` or ``name`` is for people, ``split`` may say train, val
 or test. Every other column is an attribute: numbers where all of its cells are numbers, else words separated by ``|``, each a flag (what stands in
-parentheses, as MovieLens' "(no genres listed)", is none). A title that ends in a year, "Toy Story (1995)", gives a flag for its decade.
+parentheses, as MovieLens' "(no genres listed)", is none). A title that ends in a year, "Toy Story (1995)", gives a flag for its five years, "1995-1999".
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ITEMS = ("items.csv", "movies.csv", "products.csv", "books.csv", "articles.csv")
 _USER = ("user", "customer")
 _ITEM = ("item", "movie", "product", "book", "article")
 _TITLES = ("title", "name")
-_YEAR = re.compile(r"\((\d{3})\d\)\s*$")
+_YEAR = re.compile(r"\((\d{4})\)\s*$")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Column:
 
     name: str
     kind: str
-    """``number``, ``flags`` (words separated by ``|``) or ``decade`` (of the year at a title's end)."""
+    """``number``, ``flags`` (words separated by ``|``) or ``years`` (the five years of a title's end)."""
     values: tuple[str, ...] = ()
     """The words that are flags."""
 
@@ -66,7 +66,7 @@ class Column:
         """
         if self.kind == "number":
             return [number(cell, f"{where}: {self.name}")]
-        there = words(cell) if self.kind == "flags" else decade(cell)
+        there = words(cell) if self.kind == "flags" else years(cell)
         return [float(value in there) for value in self.values]
 
 
@@ -90,10 +90,11 @@ def words(cell: str) -> set[str]:
     return {word for part in cell.split("|") if (word := part.strip()) and not (word[0] == "(" and word[-1] == ")")}
 
 
-def decade(title: str) -> set[str]:
-    """The decade of the year in which a title ends."""
+def years(title: str) -> set[str]:
+    """The five years to which the year in which a title ends belongs."""
     found = _YEAR.search(title)
-    return {f"{found[1]}0s"} if found else set()
+    first = int(found[1]) // 5 * 5 if found else 0
+    return {f"{first}-{first + 4}"} if found else set()
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,7 @@ def _columns(path: Path, rows: Mapping[str, Mapping[str, str]], training: Sequen
     for name in next(iter(rows.values())):
         cells = [row[name] for row in rows.values()]
         if name in _TITLES:
-            column = _flags(name, "decade", decade, rows, training)
+            column = _flags(name, "years", years, rows, training)
         elif not _is_attribute(name):
             continue
         elif any(cells) and all(_numeric(cell) for cell in cells if cell):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import PIL.Image
 import torch
@@ -49,7 +50,7 @@ TOP = 20
 NEIGHBOURS = 50
 """Training entities that the nearest-neighbour baseline asks."""
 SPREAD = "diversity"
-"""Column of a table of new entities: standard deviation of noise on their attributes, in those of the training entities."""
+"""Column of a table of new entities: noise on their attributes, in standard deviations of the training entities'."""
 HIT = (0, 158, 115)
 OTHER = (86, 180, 233)
 
@@ -179,6 +180,7 @@ class Recommendation(Task):
                 "attributes": list(self.tables.attributes),
                 "columns": plain_columns(self.tables.columns),
                 "titles": list(self.tables.titles),
+                "deviations": std.tolist(),
             },
         )
 
@@ -343,6 +345,7 @@ class Recommendation(Task):
                 "attributes": names,
                 "columns": [{"name": name, "kind": "number", "values": []} for name in names],
                 "titles": [""] * classes,
+                "deviations": [1.0] * channels,
             },
         )
 
@@ -384,7 +387,7 @@ def diversified(
     """
     generator = torch.Generator().manual_seed(seed)
     top = min(top, len(model.spec.classes))
-    noise = torch.randn(top, len(attributes), generator=generator) * _deviations(model.spec) * spread
+    noise = torch.randn(top, len(attributes), generator=generator) * torch.tensor(model.spec.more["deviations"]) * spread
     with torch.inference_mode():
         scores, *varied = model.forward(torch.cat([attributes[None], attributes + noise])).float().cpu()
     order: list[int] = []
@@ -393,13 +396,6 @@ def diversified(
         one[order] = -torch.inf
         order.append(int(one.argmax()))
     return scores, order
-
-
-def _deviations(spec: Spec) -> Tensor:
-    """Of the attributes over the training entities; a flag that a share p of them has deviates by the root of p (1 - p)."""
-    mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-    share = mean.clamp(0, 1)
-    return torch.where((std == 1) & (mean == share), (share * (1 - share)).sqrt(), std)
 
 
 def ranking_picture(
@@ -421,7 +417,8 @@ def ranking_picture(
 def _page(title: str, lines: Sequence[tuple[str, float | None, tuple[int, int, int] | None]]) -> Picture:
     """Lines of text on white, each with a bar under it where it has a share and a colour."""
     sheet = PIL.Image.new("RGB", (240, 240), "white")
-    draw, font, large = ImageDraw.Draw(sheet), ImageFont.load_default(12), ImageFont.load_default(14)
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # it has the letters of all European titles
+    draw, font, large = ImageDraw.Draw(sheet), ImageFont.truetype(file, 11), ImageFont.truetype(file, 13)
 
     def text(top: int, words: str, face: Any) -> None:
         while draw.textlength(words, face) > 232:

@@ -1,0 +1,1 @@
+"""Relations: which things belong together, in tables, documents and graphs."""
