@@ -1,0 +1,1 @@
+"""Papers about shapes: contours, meshes, volumes, points."""

@@ -1,0 +1,1 @@
+"""Curve-GCN (Ling and others 2019)."""
