@@ -13,7 +13,8 @@ from torchvision.utils import make_grid
 from paperworks.errors import InputError
 from paperworks.files import write_json
 from paperworks.tasks.base import Grid, grid_of
-from paperworks.tasks.generation import Generation, frechet, read_unit, save_picture
+from paperworks.tasks.files import read_unit
+from paperworks.tasks.generation import Generation, frechet, save_picture
 from paperworks.train.run import Run
 
 BATCH = 64

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.data.augment import Augment
+from paperworks.data.fingerprint import Fingerprint
 
 Sample = dict[str, Any]
 """One example: ``image`` (tv_tensors.Image, C H W, float32 in [0, 1]), ``name`` (str) and what the task adds."""
@@ -55,6 +56,18 @@ class Spec:
     def ndim(self) -> int:
         """2 for images, 3 for volumes."""
         return len(self.size)
+
+
+def spec_of(task: str, seen: Fingerprint, classes: Sequence[str], **rest: Any) -> Spec:
+    """What a network must know of images that were looked through; ``rest`` are further fields, or others in place of what was seen."""
+    facts: dict[str, Any] = {
+        "size": tuple(seen.median_size),
+        "mean": tuple(seen.mean),
+        "std": tuple(max(s, 1e-4) for s in seen.std),
+        "range": (float(seen.range[0]), float(seen.range[1])),
+        "spacing": tuple(seen.spacing) if seen.spacing else None,
+    }
+    return Spec(task=task, channels=seen.channels, classes=tuple(classes), **(facts | rest))
 
 
 @dataclass(frozen=True)

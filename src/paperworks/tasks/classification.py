@@ -9,7 +9,6 @@ with ``strides`` and ``widths``), ``embed(image)`` (B F, what the classifier see
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,13 +25,12 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from torchvision import tv_tensors
 
 from paperworks.data.classes import ClassItem, looks_like_classes, open_classes
-from paperworks.data.images import read_image, unit
 from paperworks.errors import InputError
 from paperworks.files import atomic
-from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of
+from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of, spec_of
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task
 from paperworks.tasks.drawing import Picture, display
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, read_unit, table
 
 SIDES = (32, 128)
 """Smallest and largest side that is taken from the data where a configuration names none."""
@@ -157,16 +155,7 @@ class Classification(Task):
             )
         if len(self.folder.classes) < 2:
             raise InputError(f"{source} holds one class only; there is nothing to tell apart")
-        print_ = self.folder.fingerprint
-        self.spec = Spec(
-            task=self.name,
-            channels=print_.channels,
-            classes=self.folder.classes,
-            size=tuple(print_.median_size),
-            mean=tuple(print_.mean),
-            std=tuple(max(s, 1e-4) for s in print_.std),
-            range=print_.range,
-        )
+        self.spec = spec_of(self.name, self.folder.fingerprint, self.folder.classes)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -264,11 +253,7 @@ class Classification(Task):
     @classmethod
     def probabilities(cls, model: Model, source: Path) -> Float[Tensor, " K"]:
         """The prediction for one file."""
-        try:
-            image = unit(read_image(source), model.spec.range, model.spec.channels)
-        except InputError as error:
-            raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
-        return cls.predictor(model.forward, model.spec, model.grid)(image)
+        return cls.predictor(model.forward, model.spec, model.grid)(read_unit(source, model.spec))
 
     @classmethod
     def predict_files(
@@ -284,27 +269,18 @@ class Classification(Task):
         jobs = find_jobs(inputs, out, cls.accepts, cls.target)
         path = out / "predictions.csv"
         head = ["file", "class", "probability", *(model.spec.classes if options.probabilities else ())]
-        rows: list[list[str]] = []
-        if options.resume and path.exists():
-            with path.open(encoding="utf-8", newline="") as f:
-                rows = [row for row in csv.reader(f) if len(row) == len(head)][1:]
-        done = {row[0] for row in rows}
-        out.mkdir(parents=True, exist_ok=True)
-        try:
+        with table(path, head, resume=options.resume) as sheet:
             for i, (source, target) in enumerate(jobs):
-                if str(source) not in done:
+                if str(source) not in sheet:
                     found = cls.probabilities(model, source)
                     top = int(found.argmax())
                     rest = [f"{p:.6f}" for p in found.tolist()] if options.probabilities else []
-                    rows.append([str(source), model.spec.classes[top], f"{float(found[top]):.6f}", *rest])
+                    sheet.add(str(source), model.spec.classes[top], f"{float(found[top]):.6f}", *rest)
                     if options.overlays:
                         target.parent.mkdir(parents=True, exist_ok=True)
                         cls.predict_file(model, source, target, options)
                 if progress:
                     progress(i + 1, len(jobs))
-        finally:
-            with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
-                csv.writer(f).writerows([head, *rows])
         return [path]
 
     @classmethod

@@ -32,17 +32,16 @@ from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as V
 from torchvision.tv_tensors import Image
 
-from paperworks.data import read_image
 from paperworks.data.boxes import Boxes, BoxItem, as_boxes, box_files, keep, open_boxes
-from paperworks.data.images import quietly, unit
+from paperworks.data.images import quietly
 from paperworks.errors import InputError
 from paperworks.files import atomic, write_json
 from paperworks.nn.boxes import Detect
 from paperworks.tasks import drawing
-from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of
+from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of, spec_of
 from paperworks.tasks.contract import Deployed, Model, Options, Progress, Task
 from paperworks.tasks.drawing import Picture, display
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, read_unit
 from paperworks.tasks.segmentation import bright_side
 
 Found = dict[str, Tensor]
@@ -123,16 +122,7 @@ class Detection(Task):
             )
         if not any(not o.crowd for i in self.train for o in i.objects):
             raise InputError(f"{self.source}: there is no object in any of the {len(self.train)} training images; add boxes")
-        print_ = self.data.fingerprint
-        self.spec = Spec(
-            task=self.name,
-            channels=print_.channels,
-            classes=self.data.classes,
-            size=tuple(print_.median_size),
-            mean=tuple(print_.mean),
-            std=tuple(max(s, 1e-4) for s in print_.std),
-            range=(float(print_.range[0]), float(print_.range[1])),
-        )
+        self.spec = spec_of(self.name, self.data.fingerprint, self.data.classes)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -325,7 +315,7 @@ class Detection(Task):
 
     @classmethod
     def _find(cls, model: Model, source: Path, picture: Path | None) -> tuple[tuple[int, int], Found]:
-        image = unit(read_image(source), model.spec.range, model.spec.channels)
+        image = read_unit(source, model.spec)
         what = cls.predictor(model.forward, model.spec, model.grid)(image)
         if picture is not None:
             with atomic(picture) as temporary:

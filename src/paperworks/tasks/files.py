@@ -1,11 +1,19 @@
-"""Which files are predicted, and where to."""
+"""Which files are predicted, how they are read, and the table that is written of many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from jaxtyping import Float
+from torch import Tensor
+
+from paperworks.data.images import read_image, unit
 from paperworks.errors import InputError
+from paperworks.files import atomic
+from paperworks.tasks.base import Spec
 
 
 def find_jobs(
@@ -41,3 +49,54 @@ def find_jobs(
                 raise InputError(f"{output} is the input itself; take another --out")
             jobs[output] = source
     return [(source, output) for output, source in jobs.items()]
+
+
+def read_unit(path: Path, spec: Spec) -> Float[Tensor, "C H W"]:
+    """An image file as the networks of a data set expect it, in [0, 1].
+
+    Raises:
+        InputError: the file is broken or has other channels.
+    """
+    raw = read_image(path)
+    try:
+        return unit(raw, spec.range, spec.channels)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+class Table:
+    """Rows of a CSV file; the first cell says what a row is about."""
+
+    def __init__(self, rows: list[list[str]]) -> None:
+        self.rows = rows
+        self._known = {row[0] for row in rows}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a row about it from before."""
+        return name in self._known
+
+    def add(self, *cells: str) -> None:
+        """One more row."""
+        self.rows.append([*cells])
+
+
+@contextmanager
+def table(path: Path, head: Sequence[str], *, resume: bool = False) -> Iterator[Table]:
+    """A table that is written when the block ends, and when it ends badly too: the rows before a broken input are not lost.
+
+    Args:
+        path: the CSV file.
+        head: names of the columns.
+        resume: begin with the rows that are there already, where they have as many columns.
+    """
+    rows: list[list[str]] = []
+    if resume and path.exists():
+        with path.open(encoding="utf-8", newline="") as f:
+            rows = [row for row in csv.reader(f) if len(row) == len(head)][1:]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = Table(rows)
+    try:
+        yield sheet
+    finally:
+        with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
+            csv.writer(f).writerows([head, *sheet.rows])

@@ -26,12 +26,12 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from paperworks.data.classes import ClassFolder, ClassItem, open_classes
-from paperworks.data.images import read_image, unit
 from paperworks.errors import InputError
 from paperworks.files import atomic
 from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task, mean_of
 from paperworks.tasks.drawing import Picture, display, panel
+from paperworks.tasks.files import read_unit
 
 LARGEST = 64
 """Side to which larger images are reduced, unless a network asks for its own."""
@@ -362,19 +362,6 @@ def principal_components(images: Float[Tensor, "N C S S"], components: int) -> P
         return (mean + directions @ code).view(image.shape).clamp(0, 1)
 
     return project
-
-
-def read_unit(path: Path, spec: Spec) -> Float[Tensor, "C H W"]:
-    """An image file as the networks of a data set expect it, in [0, 1].
-
-    Raises:
-        InputError: the file is broken or has other channels.
-    """
-    raw = read_image(path)
-    try:
-        return unit(raw, spec.range, spec.channels)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def save_picture(image: Float[Tensor, "C S S"], path: Path) -> None:

@@ -35,7 +35,7 @@ from paperworks.data.images import read_image, unit
 from paperworks.errors import InputError
 from paperworks.files import atomic
 from paperworks.nn.resnet import ResNet
-from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of
+from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of, spec_of
 from paperworks.tasks.classification import image_side, middle_square
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task
 from paperworks.tasks.drawing import Picture, display, panel
@@ -222,16 +222,7 @@ class Representation(Task):
         """The validation images' classes are known from training."""
         self.metric = "linear" if self.closed else "retrieval"  # pyright: ignore[reportAttributeAccessIssue]
         self._galleries: WeakKeyDictionary[Predict, Float[Tensor, "N F"]] = WeakKeyDictionary()
-        print_ = self.folder.fingerprint
-        self.spec = Spec(
-            task=self.name,
-            channels=print_.channels,
-            classes=tuple(self.folder.classes[k] for k in order if k in seen),
-            size=tuple(print_.median_size),
-            mean=tuple(print_.mean),
-            std=tuple(max(s, 1e-4) for s in print_.std),
-            range=print_.range,
-        )
+        self.spec = spec_of(self.name, self.folder.fingerprint, [self.folder.classes[k] for k in order if k in seen])
 
     def describe(self) -> dict[str, Any]:
         """What the folder says of itself."""

@@ -26,7 +26,7 @@ from paperworks.data import Folder, Item, open_folder
 from paperworks.data.nifti import is_volume, stem
 from paperworks.errors import InputError
 from paperworks.tasks import drawing, masks, volumes
-from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, centre_crop, grid_of
+from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, centre_crop, grid_of, spec_of
 from paperworks.tasks.contract import Deployed, Model, Options, Progress, Task
 from paperworks.tasks.drawing import Picture, display, error_map, montage, overlay, places
 from paperworks.tasks.metrics import SegmentationScores
@@ -117,20 +117,9 @@ class Segmentation(Task):
                 f"{self.folder.source}: {len(self.train)} training and {len(self.val)} validation images with masks; "
                 "add images, or say which is which in splits.json"
             )
-        print_ = self.folder.fingerprint
         if len(self.folder.class_names) < 2:
             raise InputError(f"{self.folder.source}: the masks hold one class only; there is nothing to tell apart")
-        self.spec = Spec(
-            task=self.name,
-            channels=print_.channels,
-            classes=tuple(self.folder.class_names),
-            size=tuple(print_.median_size),
-            mean=tuple(print_.mean),
-            std=tuple(max(s, 1e-4) for s in print_.std),
-            range=(float(print_.range[0]), float(print_.range[1])),
-            spacing=tuple(print_.spacing) if print_.spacing else None,
-            instances=self.folder.instances,
-        )
+        self.spec = spec_of(self.name, self.folder.fingerprint, self.folder.class_names, instances=self.folder.instances)
 
     @classmethod
     def inspect(cls, source: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
