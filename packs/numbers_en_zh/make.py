@@ -17,10 +17,9 @@ import random
 import re
 from pathlib import Path
 
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-)
-TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
+    twenty thirty forty fifty sixty seventy eighty ninety"""
+ONES, TENS = WORDS.split()[:20], ["", "", *WORDS.split()[20:]]
 DIGITS = "零一二三四五六七八九"
 SEED, TRAIN, VAL = 20260101, 3000, 300
 
@@ -56,7 +55,8 @@ def chinese(n: int) -> str:
 
 def numbers() -> tuple[list[int], list[int]]:
     """Training and validation numbers, all different. Below 100 all are for training; of the others each length is as frequent, and a digit
-    is zero in three cases of ten, so that 零 is met in all its places."""
+    is zero in three cases of ten, so that 零 is met in all its places.
+    """
     chance = random.Random(SEED)
     drawn: set[int] = set()
     while len(drawn) < TRAIN + VAL - 100:

@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")
@@ -74,7 +75,7 @@ class Subwords:
         if piece not in self._known:
             symbols = list(piece)
             while len(symbols) > 1:  # the merge that was learnt first goes first
-                rank, pair = min((self._rank.get(pair, len(self.merges)), pair) for pair in zip(symbols, symbols[1:]))
+                rank, pair = min((self._rank.get(pair, len(self.merges)), pair) for pair in pairwise(symbols))
                 if rank == len(self.merges):
                     break
                 symbols = merged(symbols, pair)
@@ -124,7 +125,7 @@ def learn(texts: Iterable[str], most: int | None = None) -> Subwords:
     pairs: Counter[tuple[str, str]] = Counter()
     where: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for w, symbols in enumerate(words):
-        for pair in zip(symbols, symbols[1:]):
+        for pair in pairwise(symbols):
             pairs[pair] += times[w]
             where[pair].add(w)
 
@@ -148,12 +149,12 @@ def learn(texts: Iterable[str], most: int | None = None) -> Subwords:
         for w in list(where[pair]):
             old, words[w] = words[w], merged(words[w], pair)
             for sign, symbols in ((-1, old), (1, words[w])):
-                for other in zip(symbols, symbols[1:]):
+                for other in pairwise(symbols):
                     pairs[other] += sign * times[w]
                     touched.add(other)
-            for other in zip(old, old[1:]):
+            for other in pairwise(old):
                 where[other].discard(w)
-            for other in zip(words[w], words[w][1:]):
+            for other in pairwise(words[w]):
                 where[other].add(w)
         for other in touched:
             if pairs[other] > 0:

@@ -143,10 +143,13 @@ def _rows(path: Path) -> tuple[list[Pair], list[Problem], str]:
         except csv.Error as error:
             raise InputError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 with commas, or as TSV") from None
     else:
-        raise InputError(f"{path} is no table of pairs; give .tsv, .csv or .jsonl with source and target, or a folder with train.src and train.tgt")
+        raise InputError(
+            f"{path} is no table of pairs; give .tsv, .csv or .jsonl with source and target, or a folder with train.src and train.tgt"
+        )
     if not rows:
         raise InputError(f"{path} is empty; write one pair to a row, with the columns source and target")
-    columns = {side: next((c for c in rows[0][1] if c and c.strip().lower() in names), None) for side, names in COLUMNS.items()}
+    rows = [(number, {str(key).strip().lower(): value for key, value in row.items()}) for number, row in rows]
+    columns = {side: next((c for c in rows[0][1] if c in names), None) for side, names in COLUMNS.items()}
     for side, column in columns.items():
         if column is None:
             raise InputError(f"{path} has no column {side}; write source and target (and split, if you like) into its first line")
@@ -187,7 +190,8 @@ def _beside(folder: Path) -> tuple[list[Pair], list[Problem], str]:
         if len(left) != len(right):
             raise InputError(f"{source} has {len(left)} lines and {target.name} has {len(right)}; line by line they must belong together")
         pairs += [
-            Pair(f"{source.name}:{i}", normalised(a), normalised(b), split) for i, (a, b) in enumerate(zip(left, right, strict=True), start=1)
+            Pair(f"{source.name}:{i}", normalised(a), normalised(b), split)
+            for i, (a, b) in enumerate(zip(left, right, strict=True), start=1)
         ]
     return pairs, [], "files side by side"
 

@@ -129,7 +129,9 @@ def beam_search(
             break  # no open one can become better
     none = ended_score[:, 0] == -torch.inf
     still_open = F.pad(written[:, 0], (0, steps - written.shape[2]), value=PAD)
-    return torch.where(none[:, None], still_open, ended[:, 0]), torch.where(none, open_score[:, 0] / length_penalty(steps), ended_score[:, 0])
+    return torch.where(none[:, None], still_open, ended[:, 0]), torch.where(
+        none, open_score[:, 0] / length_penalty(steps), ended_score[:, 0]
+    )
 
 
 def _taken(x: Tensor, rows: Int[Tensor, "B N"]) -> Tensor:
@@ -188,22 +190,23 @@ class TranslationScores:
         self.truth.append(sample["truth"])
         self.names.append(sample["name"])
 
-    def _bleu(self, found: Sequence[str], truth: Sequence[str], *, smooth: bool) -> float:
-        return 100 * float(sacre_bleu_score(found, [[t] for t in truth], smooth=smooth, tokenize=self.words))  # pyright: ignore[reportArgumentType]
+    def _bleu(self, found: Sequence[str], truth: Sequence[str], longest: int = 4) -> float:
+        return 100 * float(sacre_bleu_score(found, [[t] for t in truth], n_gram=longest, tokenize=self.words))  # pyright: ignore[reportArgumentType]
 
     def compute(self) -> dict[str, float]:
         """``exact``, corpus ``bleu``, ``cer``."""
         return {
-            "bleu": self._bleu(self.found, self.truth, smooth=False),
+            "bleu": self._bleu(self.found, self.truth),
             "exact": sum(f == t for f, t in zip(self.found, self.truth)) / len(self.truth),
             "cer": float(char_error_rate(self.found, self.truth)),
         }
 
     def per_item(self) -> list[dict[str, Any]]:
-        """The same of each text; BLEU is smoothed there, as short texts have no four words in a row."""
+        """The same of each text; a text of fewer than four words is judged by runs of as many as it has."""
+        words = [len(t.replace(" ", "") if self.words == "char" else t.split()) for t in self.truth]
         return [
-            {"name": n, "bleu": self._bleu([f], [t], smooth=True), "exact": float(f == t), "cer": float(char_error_rate(f, t))}
-            for n, f, t in zip(self.names, self.found, self.truth)
+            {"name": n, "bleu": self._bleu([f], [t], min(k, 4)), "exact": float(f == t), "cer": float(char_error_rate(f, t))}
+            for n, f, t, k in zip(self.names, self.found, self.truth, words)
         ]
 
 
@@ -235,7 +238,7 @@ class Translation(Task):
     inputs = ("source", "target_in")
     images = ()
     outputs = ("symbols", "score", "attention")
-    look_at = 40
+    look_at = 16
     suffix = ".txt"
 
     def __init__(self, source: str | Path, *, progress: Progress | None = None) -> None:
@@ -328,7 +331,9 @@ class Translation(Task):
             InputError: there are more than the network takes.
         """
         if len(given) > grid.fixed:
-            raise InputError(f"a text of {len(given) - 1} symbols is longer than the {grid.fixed - 1} of the longest that was learnt; split it")
+            raise InputError(
+                f"a text of {len(given) - 1} symbols is longer than the {grid.fixed - 1} of the longest that was learnt; split it"
+            )
         return F.pad(given, (0, grid.fixed - len(given)), value=PAD)
 
     @classmethod
@@ -367,8 +372,18 @@ class Translation(Task):
     def legend(self) -> list[dict[str, Any]]:
         """What the colours of the letters mean."""
         return [
-            {"colour": WRONG, "en": "not in the true text at this place; _ where letters are missing", "zh": "参考译文此处没有的字；_ 表示缺字", "view": "translation"},
-            {"colour": (0, 60, 130), "en": "read for the symbol written in this row", "zh": "写出该行符号时所读的位置", "view": "attention"},
+            {
+                "colour": WRONG,
+                "en": "not in the true text at this place; _ where letters are missing",
+                "zh": "参考译文此处没有的字；_ 表示缺字",
+                "view": "translation",
+            },
+            {
+                "colour": (0, 60, 130),
+                "en": "read for the symbol written in this row",
+                "zh": "写出该行符号时所读的位置",
+                "view": "attention",
+            },
         ]
 
     # Files
@@ -556,5 +571,7 @@ def attention_map(prediction: Translated, source: Sequence[str], *, cell: int = 
     for i, row in enumerate(prediction.attention.clamp(0, 1).tolist()):
         for j, share in enumerate(row):
             shade = (round(255 * (1 - share)), round(255 - 195 * share), round(255 - 125 * share))
-            draw.rectangle((left + cell * j, top + cell * i, left + cell * (j + 1), top + cell * (i + 1)), fill=shade, outline=(225, 225, 225))
+            draw.rectangle(
+                (left + cell * j, top + cell * i, left + cell * (j + 1), top + cell * (i + 1)), fill=shade, outline=(225, 225, 225)
+            )
     return np.array(sheet)
