@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import unicodedata
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ Progress = Callable[[int, int], None]
 # --- one film ------------------------------------------------------------------------------------------------------------------------
 
 
-class Film:
+class Film(ABC):
     """Frames of one size and type. ``frame(i)`` is H W C as the file has it, but for alpha, which is left out."""
 
     keep = KEPT_BYTES
@@ -93,9 +94,9 @@ class Film:
         """The files that it is read from."""
         return [self.path]
 
+    @abstractmethod
     def read(self, index: int) -> np.ndarray:
         """Decode a frame, H W C."""
-        raise NotImplementedError
 
 
 class FrameFolder(Film):

@@ -302,8 +302,8 @@ def record_usable(name: str, out: Path, *, budget: float, listener: Any = None) 
             predict_files(load_model(out / "model.onnx"), files, out / "predictions_onnx")
         except Exception as error:
             problems.append(f"export: {str(error).splitlines()[0]}")
-    deployed = kind.deploy(run.network(), data.spec).eval()
-    cost = measure(deployed, task=kind, spec=data.spec, onnx_path=out / "model.onnx" if export else None)
+    deployed = kind.deploy(run.network(), run.spec).eval()
+    cost = measure(deployed, task=kind, spec=run.spec, onnx_path=out / "model.onnx" if export else None)
     code = current_code(card, "usable")
     with atomic(results_root() / name / "usable.png") as temporary:
         temporary.write_bytes((run.folder / "pictures" / "final.png").read_bytes())

@@ -20,7 +20,7 @@ from paperworks.errors import InputError
 from paperworks.files import occupied, write_json
 from paperworks.study.report import write_report
 from paperworks.tasks import task
-from paperworks.tasks.base import Output, Sample
+from paperworks.tasks.base import Output, Sample, Spec
 from paperworks.tasks.contract import Task
 from paperworks.tasks.environment import hardware, versions
 from paperworks.tasks.tiling import padded
@@ -34,15 +34,16 @@ class TrainedRun:
 
     network: nn.Module
     data: Task
+    spec: Spec
 
     def predict(self, given: Any, network: nn.Module | None = None) -> Any:
         """The task's prediction."""
-        deployed = self.data.deploy(network or self.network, self.data.spec).eval()
-        return self.data.predictor(deployed, self.data.spec, deployed.grid)(given)
+        deployed = self.data.deploy(network or self.network, self.spec).eval()
+        return self.data.predictor(deployed, self.spec, deployed.grid)(given)
 
     def output(self, image: Tensor) -> Output:
         """Everything that the network returns for one padded image."""
-        deployed = self.data.deploy(self.network, self.data.spec).eval()
+        deployed = self.data.deploy(self.network, self.spec).eval()
         with torch.inference_mode():
             return self.network(deployed.normalised(padded(image, deployed.grid)[None]))
 
@@ -90,7 +91,7 @@ class Bench:
             listener=self.listener(folder.name) if self.listener else None,
         )
         self.runs.append(folder.name)
-        return TrainedRun(run.network(), self.data)
+        return TrainedRun(run.network(), self.data, run.spec)
 
     def evaluate(self, predict: Callable[[Any], Any]) -> dict[str, float]:
         """The task's metrics over the validation split."""

@@ -284,7 +284,7 @@ def _costs(run: Run, data: Task) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     network = run.network()
-    deployed = data.deploy(network, data.spec).eval()
+    deployed = data.deploy(network, run.spec).eval()
     exported: Path | None = run.folder / "model.onnx"
     extra: dict[str, Any] = {}
     try:
@@ -292,7 +292,7 @@ def _costs(run: Run, data: Task) -> dict[str, Any]:
     except Exception as error:
         exported = None
         extra["export_failed"] = _one_line(error)
-    cost = measure(deployed, task=type(data), spec=data.spec, onnx_path=exported)
+    cost = measure(deployed, task=type(data), spec=run.spec, onnx_path=exported)
     kept = {k: cost[k] for k in ("flops", "latency_ms", "peak_memory_mib") if k in cost} | extra
     write_json(path, kept)
     return kept
@@ -391,8 +391,9 @@ def _pictures(result: dict[str, Any], data: Task, out: Path) -> list[dict[str, A
     items = {i.name: i for i in data.val}
     predictors = {}
     for row in rows:
-        network = Run.load(out / row["run"]).network()
-        predictors[row["id"]] = data.predictor(data.deploy(network, data.spec).eval(), data.spec, grid_of(network))
+        run = Run.load(out / row["run"])
+        network = run.network()
+        predictors[row["id"]] = data.predictor(data.deploy(network, run.spec).eval(), run.spec, grid_of(network))
     sheets = []
     for n, name in enumerate(chosen):
         sample = data.sample(items[name])
