@@ -241,8 +241,8 @@ def test_gradient_of_the_rendered_area(evidence):
     Render.apply(points, 320).sum().backward()
     ahead, behind = points.detach().roll(-1, 1), points.detach().roll(1, 1)
     exact = 0.5 * torch.stack([ahead[..., 1] - behind[..., 1], behind[..., 0] - ahead[..., 0]], 2)
-    assert relative(points.grad, exact) < 0.05
-    evidence.property("first-order gradients of the renderer: within 5 % of the derivative of the area")
+    assert relative(points.grad, exact) < 0.03
+    evidence.property("first-order gradients of the renderer: within 3 % of the derivative of the area")
 
 
 def test_gradient_of_the_accuracy_loss_by_finite_differences(evidence):
@@ -260,18 +260,20 @@ def test_gradient_of_the_accuracy_loss_by_finite_differences(evidence):
                 moved[0, i, axis] = points[0, i, axis].item() + sign * step
                 values.append(float(accuracy(moved, truth, "polygon")))
             numeric[0, i, axis] = (values[0] - values[1]) / (2 * step)
-    assert relative(points.grad, numeric) < 0.15
+    assert relative(points.grad, numeric) < 0.05
     evidence.property("gradients of the differentiable accuracy loss agree with finite differences of the rendered mask")
 
 
-def test_accuracy_loss_pulls_a_circle_onto_an_object():
+def test_accuracy_loss_pulls_a_circle_onto_an_object(evidence):
+    """And leaves it there: edges that triangles share must not push."""
     truth = torch.from_numpy(rasterised((0.5 + 0.7 * (circle(32) - 0.5) + 0.08).double().numpy() * 64, (64, 64))).float()[None]
     points = circle(12)[None].clone().requires_grad_()
     first = float(accuracy(points, truth, "spline").detach())
-    for _ in range(80):
+    for _ in range(100):
         (gradient,) = torch.autograd.grad(accuracy(points, truth, "spline"), points)
-        points = (points - 0.3 * gradient).detach().requires_grad_()
-    assert float(accuracy(points, truth, "spline").detach()) < 0.25 * first
+        points = (points - 0.05 * gradient).detach().requires_grad_()
+    assert float(accuracy(points, truth, "spline").detach()) < 0.03 * first
+    evidence.property("gradient descent on the accuracy loss alone puts a circle onto an object and keeps it there")
 
 
 def test_degenerate_polygons_have_gradients():

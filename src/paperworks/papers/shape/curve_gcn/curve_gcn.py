@@ -244,7 +244,7 @@ class CurveGCN(nn.Module):
         after each simulated correction, and the logits ``edge`` and ``vertex`` B 1 g g.
         """
         features, edge, vertex = self.encoder(image)
-        stages = self.moved(features, self.start.expand(len(image), -1, -1))
+        stages = self.moved(features, self.start.expand(image.shape[0], -1, -1))
         out = {"points": stages[-1], "curve": CURVES[self.config.curve](stages[-1], 4)}
         if self.training and outline is not None:
             out |= {"stages": torch.stack(stages, 1), "edge": edge, "vertex": vertex}
@@ -325,53 +325,55 @@ def point_matching(curve: Float[Tensor, "B K 2"], truth: Float[Tensor, "B K 2"])
     return (curve - matched(curve, truth)).abs().sum(2).mean()
 
 
-class Render(torch.autograd.Function):
-    """Section 3.3.2: a polygon B N 2 in pixels -> its mask B H W, with gradients to first order.
+def fan(corners: Float[Tensor, "N 2"], size: int) -> tuple[Tensor, Tensor]:
+    """The triangles from the first corner to all edges: coverage T H W, +1 or -1 as they are turned, and barycentric coordinates T 3 H W of the pixels."""
+    centre = torch.arange(size, device=corners.device) + 0.5
+    y, x = torch.meshgrid(centre + 1.7e-4, centre + 2.9e-4, indexing="ij")  # off the lattice, on which shared edges like to lie
+    pixel = torch.stack([x, y])  # 2 H W
+    a, b, c = (v[..., None, None] for v in (corners[:1], corners[1:-1], corners[2:]))  # T 2 1 1
 
-    Forward: the fan of triangles from the first corner; each covers pixels with +1 or -1 as it is turned, and the sum is the mask of
-    any simple polygon. Backward: moving a triangle by a pixel changes its coverage by the difference of neighbouring pixels; a pixel's share of
-    that belongs to the three corners by its barycentric coordinates. Edges that two triangles share cancel, the outline is left.
+    def cross(u: Tensor, v: Tensor) -> Tensor:
+        return u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0]
+
+    twice = cross(b - a, c - a)  # T 1 1
+    safe = torch.where(twice.abs() < 1e-6, 1.0, twice)
+    second, third = cross(pixel - a, c - a) / safe, cross(b - a, pixel - a) / safe
+    weights = torch.stack([1 - second - third, second, third], 1)
+    return ((weights >= 0).all(1) & (twice.abs() >= 1e-6)) * twice.sign(), weights
+
+
+class Render(torch.autograd.Function):
+    """Section 3.3.2: polygons B N 2 in pixels -> their masks B H W, with gradients to first order.
+
+    Forward: the signed coverage of a fan of triangles adds up to the mask of any simple polygon. Backward: a triangle that moves by a pixel
+    changes a pixel by the difference to its neighbour; the change belongs to the three corners by the barycentric coordinates of the place
+    between the two. Where the mask does not change, edges that two triangles share cancel: these places are left out.
     """
 
     @staticmethod
-    def forward(ctx: Any, corners: Float[Tensor, "B N 2"], size: int) -> Float[Tensor, "B H W"]:
-        """Sum of the signed coverage."""
-        cover, weights = Render.fan(corners, size)
-        ctx.save_for_backward(cover, weights)
-        return cover.sum(1)
-
-    @staticmethod
-    def fan(corners: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Signed coverage B T H W of each triangle, and the barycentric coordinates B T 3 H W of each pixel in it, clamped to the triangle."""
-        centre = torch.arange(size, device=corners.device) + 0.5
-        y, x = torch.meshgrid(centre + 1.7e-4, centre + 2.9e-4, indexing="ij")  # off the lattice, where shared edges like to lie
-        pixel = torch.stack([x, y])  # 2 H W
-        a, b, c = (v[..., None, None] for v in (corners[:, :1], corners[:, 1:-1], corners[:, 2:]))  # B 1|T 2 1 1
-
-        def cross(u: Tensor, v: Tensor) -> Tensor:
-            return u[:, :, 0] * v[:, :, 1] - u[:, :, 1] * v[:, :, 0]
-
-        twice = cross(b - a, c - a)  # B T 1 1
-        safe = torch.where(twice.abs() < 1e-6, 1.0, twice)
-        second, third = cross(pixel - a, c - a) / safe, cross(b - a, pixel - a) / safe
-        weights = torch.stack([1 - second - third, second, third], 2)
-        inside = (weights >= 0).all(2) & (twice.abs() >= 1e-6)
-        weights = weights.clamp(0, 1)  # pixels beside a thin triangle would count many times
-        return inside * twice.sign(), weights / weights.sum(2, keepdim=True)
+    def forward(ctx: Any, polygons: Float[Tensor, "B N 2"], size: int) -> Float[Tensor, "B H W"]:
+        """One polygon after the other, as all triangles of a batch would not fit into memory."""
+        ctx.save_for_backward(polygons)
+        return torch.stack([fan(corners, size)[0].sum(0) for corners in polygons])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """To the corners."""
-        cover, weights = ctx.saved_tensors
-        padded = F.pad(cover, (1, 1, 1, 1))
-        across = (padded[..., 1:-1, :-2] - padded[..., 1:-1, 2:]) / 2  # what a shift by a pixel along x adds
-        down = (padded[..., :-2, 1:-1] - padded[..., 2:, 1:-1]) / 2
-        change = torch.stack([across, down], 2) * grads[0][:, None, None]  # B T 2 H W
-        parts = torch.einsum("btkhw,btdhw->btkd", weights, change)  # B T 3 2
-        out = parts.new_zeros(len(parts), parts.shape[1] + 2, 2)
-        out[:, 0] = parts[:, :, 0].sum(1)
-        out[:, 1:-1] += parts[:, :, 1]
-        out[:, 2:] += parts[:, :, 2]
+        (polygons,) = ctx.saved_tensors
+        out = torch.zeros_like(polygons)
+        for corners, grad, to in zip(polygons, grads[0], out):
+            cover, weights = fan(corners, grad.shape[0])
+            for axis, dim in enumerate((-1, -2)):  # x runs along the last dimension
+
+                def between(values: Tensor, dim: int = dim) -> Tensor:
+                    return (values.narrow(dim, 0, values.shape[dim] - 1) + values.narrow(dim, 1, values.shape[dim] - 1)) / 2
+
+                change = cover.diff(dim=dim) * (cover.sum(0).diff(dim=dim) != 0)
+                place = between(weights).clamp(0, 1)
+                parts = -torch.einsum("tkhw,thw,hw->tk", place / place.sum(1, keepdim=True), change, between(grad))
+                to[0, axis] += parts[:, 0].sum()
+                to[1:-1, axis] += parts[:, 1]
+                to[2:, axis] += parts[:, 2]
         return out, None
 
 
