@@ -1,0 +1,1 @@
+"""Video: networks that tell what happens in a film."""
