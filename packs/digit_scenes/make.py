@@ -38,15 +38,15 @@ def shrunk(digit: np.ndarray, height: int) -> Image.Image:
 
 
 def scene(rng: np.random.Generator, digits: list[tuple[np.ndarray, int]]) -> tuple[Image.Image, list[dict]]:
-    """An image of 1 to 4 digits of different classes that do not touch; those that are left over stay in ``digits``."""
+    """An image of 1 to 3 digits of different classes that do not touch; those that are left over stay in ``digits``."""
     image, things = backdrop(rng), []
-    count = int(rng.integers(1, 5))
+    count = int(rng.integers(1, 4))
     used = set()
     for _ in range(count):
         place = next(i for i, (_, label) in enumerate(digits) if label not in used)
         digit, label = digits.pop(place)
         used.add(label)
-        mask = shrunk(digit, int(rng.integers(16, 27)))
+        mask = shrunk(digit, int(rng.integers(20, 30)))
         for _ in range(200):
             x, y = int(rng.integers(1, SIDE - mask.width)), int(rng.integers(1, SIDE - mask.height))
             box = (x, y, x + mask.width, y + mask.height)

@@ -228,7 +228,7 @@ def test_cider_by_hand():
 
 
 def test_consensus_is_what_agrees_most(recorded):
-    candidates, references, corpus = recorded
+    _, references, corpus = recorded
     sentences = [r for refs in references for r in refs]
     means = [corpus.cider(s, sentences) for s in sentences]
     assert corpus.consensus(sentences) == int(np.argmax(means))

@@ -194,7 +194,6 @@ class Captions(Task):
             raise InputError(f"{self.source}: the captions hold no words; write sentences into the column caption")
         self.corpus = Corpus(said, name=self.sha256)
         self._index = {word: i for i, word in enumerate(words)}
-        self._rewards = {i.name: Reward(self.corpus, words, of_image) for i, of_image in zip(self.train, said)}
         print_ = self.data.fingerprint
         self.spec = Spec(
             task=self.name,
@@ -250,7 +249,7 @@ class Captions(Task):
             "labels": sample["labels"][:, 0],
             "attributes": sample["labels"][:, 1],
             "words": torch.tensor([self.indices(c) for c in item.captions]),
-            "reward": self._rewards[item.name],
+            "reward": Reward(self.corpus, self.spec.more["words"], [tokens(c) for c in item.captions]),
             "name": item.name,
         }
 
