@@ -1,7 +1,7 @@
 """Claim: the low rank takes out spurious correlations between attributes and choices.
 
 ``paperworks claim lowrank_cold_start``: each seed holds out another fifth of the 3,496 movies with five choices or more and ranks all users for each of
-them, twice: by genres and decade alone (``map``), and with sixty flags of chance beside them (``map_spurious``). Arms differ in the objective and in
+them, twice: by genres and five years alone (``map``), and with sixty flags of chance beside them (``map_spurious``). Arms differ in the objective and in
 nothing else; ``full_rank`` is LLAE with beta 0, ``sae`` also sees all entries. Weights of the objective are the defaults, which were chosen on
 splits of the pack's training movies alone.
 
