@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from paperworks.data import splits
+from paperworks.data.classes import ClassItem
 from paperworks.data.films import VIDEO_SUFFIXES, Film, frames_in, is_film, numbered, open_film
 from paperworks.data.fingerprint import (
     Fingerprint,
@@ -82,17 +83,6 @@ def open_clip(path: Path) -> Film:
     return film
 
 
-@dataclass(frozen=True)
-class ClipItem:
-    """One film with what is known of it."""
-
-    name: str
-    """Unique in the data set: the path below its root, or what the table calls it."""
-    path: Path
-    label: int
-    split: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClipFolder:
     """A data set of films on the disk; what could not be used is in ``problems``."""
@@ -100,18 +90,18 @@ class ClipFolder:
     source: str
     root: Path
     layout: str
-    items: tuple[ClipItem, ...] = field(repr=False)
+    items: tuple[ClassItem, ...] = field(repr=False)
     classes: tuple[str, ...]
     problems: tuple[Problem, ...] = field(repr=False)
     fingerprint: Fingerprint
     """Its sizes are frames, height and width."""
     _kept: dict[str, Film] = field(repr=False, compare=False, default_factory=dict)
 
-    def split(self, name: str) -> tuple[ClipItem, ...]:
+    def split(self, name: str) -> tuple[ClassItem, ...]:
         """Items of ``train``, ``val`` or ``test``."""
         return tuple(i for i in self.items if i.split == name)
 
-    def film(self, item: ClipItem) -> Film:
+    def film(self, item: ClassItem) -> Film:
         """Open a film, or recall it; those that fit into ``MEMORY`` together stay decoded."""
         if item.name in self._kept:
             return self._kept[item.name]
@@ -213,7 +203,7 @@ def open_clips(source: str | Path, *, progress: Callable[[int, int], None] | Non
     problems += said
     if print_ is None or not items:
         raise InputError(f"{path} holds nothing usable; the first of {len(problems)} problems: {problems[0]}")
-    found = [ClipItem(i.name, usable[i.name].path, names.index(usable[i.name].label), i.split or "train") for i in items]
+    found = [ClassItem(i.name, usable[i.name].path, names.index(usable[i.name].label), i.split or "train") for i in items]
     return ClipFolder(
         source=str(source),
         root=root,
@@ -299,10 +289,12 @@ def _examine(
         results = run(rows, lambda r: _scan(r, samples), progress)
         found = [(r, *_reason(r.path, x)) for r, x in zip(rows, results) if isinstance(x, InputError)]
         scans = [(r, x) for r, x in zip(rows, results) if isinstance(x, Scan)]
-        dtype = Counter(s.dtype for _, s in scans).most_common(1)[0][0] if scans else ""
-        found += [(r, f"is of type {s.dtype} where most are {dtype}", "convert it or remove it") for r, s in scans if s.dtype != dtype]
-        alike = [s for _, s in scans if s.dtype == dtype]
-        print_ = summarise(alike, 3 if any(s.channels == 3 for s in alike) else 1, None, said) if alike else None
+        channels, dtype = _commonest(s for _, s in scans)
+        odd = [(r, s) for r, s in scans if s.dtype != dtype or s.channels not in (1, channels)]
+        what = f"where most films are {dtype} with {channels}"
+        found += [(r, f"is {s.dtype} with {s.channels} channels {what}", "convert it or remove it") for r, s in odd]
+        alike = [s for _, s in scans if s.dtype == dtype and s.channels in (1, channels)]
+        print_ = summarise(alike, channels, None, said) if alike else None
         kept = {
             "clips": dataclasses.asdict(print_) if print_ else None,
             "bad": [r.name for r, *_ in found],
@@ -311,6 +303,13 @@ def _examine(
         save_cache(key, kept)
     problems += [Problem(Path(p), what, fix) for p, what, fix in kept["problems"]]
     return Fingerprint.from_dict(kept["clips"]) if kept["clips"] else None, set(kept["bad"])
+
+
+def _commonest(scans: Iterable[Scan]) -> tuple[int, str]:
+    """Channels and type that the set is read with; colour wins over grey."""
+    scans = list(scans)
+    channels = Counter(s.channels for s in scans if s.channels > 1) or Counter([1])
+    return channels.most_common(1)[0][0], Counter(s.dtype for s in scans).most_common(1)[0][0] if scans else ""
 
 
 def _reason(path: Path, error: InputError) -> tuple[str, str]:

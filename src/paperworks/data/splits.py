@@ -40,7 +40,7 @@ def assign(items: Iterable[Item], root: Path, excluded: Iterable[str] = ()) -> t
     """
     items = list(items)
     said, groups, problems, source = _said(items, root, set(excluded))
-    items = [dataclasses.replace(i, split=said.get(i.name, i.split) if said else i.split, group=groups.get(i.name)) for i in items]
+    items = [dataclasses.replace(i, split=said.get(i.name, i.split) if said else i.split, group=groups.get(i.name, i.group)) for i in items]
     if said and source is not None:
         present = {i.split for i in items if i.name in said}
         # With one side named only, the rest is the other side.

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.data.clips import ClipFolder, ClipItem, is_clip, looks_like_clips, open_clip, open_clips
+from paperworks.data.classes import ClassItem
+from paperworks.data.clips import ClipFolder, is_clip, looks_like_clips, open_clip, open_clips
 from paperworks.data.films import Film
 from paperworks.data.images import unit
 from paperworks.errors import InputError
@@ -202,7 +203,7 @@ class Video(Classification):
         """``clips.csv``, or class folders that hold videos or folders of numbered frames."""
         return looks_like_clips(path)
 
-    def sample(self, item: ClipItem) -> Sample:
+    def sample(self, item: ClassItem) -> Sample:
         """One film with its label."""
         print_ = self.folder.fingerprint
         return {
@@ -211,7 +212,7 @@ class Video(Classification):
             "name": item.name,
         }
 
-    def training_sample(self, item: ClipItem, recipe: Recipe, grid: Grid, generator: torch.Generator) -> Sample:
+    def training_sample(self, item: ClassItem, recipe: Recipe, grid: Grid, generator: torch.Generator) -> Sample:
         """One varied clip from a random place in the film."""
         sample = self.sample(item)
         reel = sample.pop("reel")
@@ -223,7 +224,7 @@ class Video(Classification):
         return sample["reel"]
 
     @classmethod
-    def network_input(cls, given: Reel, grid: Grid) -> Tensor:
+    def network_input(cls, given: Reel, grid: Grid) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The middle of the film, C T side side."""
         views = crops(given.frames(clip_places(len(given), grid, 0.5)), grid.fixed)
         return views[len(views) // 2]
@@ -272,7 +273,7 @@ class Video(Classification):
         """The film's most probable classes as bars, the right one green."""
         return super().drawn(sample, prediction.mean(0))
 
-    def files(self, items: Sequence[ClipItem]) -> list[Path]:
+    def files(self, items: Sequence[ClassItem]) -> list[Path]:
         """The films' files, or the folders of their frames."""
         return [item.path for item in items]
 

@@ -92,7 +92,7 @@ def test_outputs_equal_the_port(evidence, name):
         error=max(errors),
     )
     if name == "flow":
-        net.inception["mixed_3b"].branch_2[1].conv.weight[:, :, 0] *= 1.1  # pyright: ignore # a perturbed weight is seen
+        net.inception["mixed_3b"].branch_2[1].conv.weight[:, :, 0] *= 1.1
         values = golden["ends"]["Mixed_3c"]["values"]
         changed = ends(net, clip)["Mixed_3c"]
         assert relative(changed.flatten()[:: max(1, changed.numel() // 64)], torch.tensor(values)) > TOLERANCE
@@ -153,7 +153,7 @@ def test_sizes_of_figure_3(evidence):
 
 def flat_of(net: I3D, config: Config) -> I3D:
     """An image network whose weights ``net`` gets."""
-    flat = lively(built(dataclasses.replace(config, flat=True, frames=1), channels=net.trunk[0].conv.in_channels))  # pyright: ignore
+    flat = lively(built(dataclasses.replace(config, flat=True, frames=1), channels=net.trunk[0].conv.in_channels))
     net.load_state_dict(inflate(flat.state_dict(), net))
     return flat
 
@@ -202,12 +202,12 @@ def test_far_from_its_ends_zeros_are_not_felt(evidence):
 def test_inflated_weights_are_copies_divided_by_their_number(evidence):
     net = built(NARROW)
     flat = flat_of(net, NARROW)
-    kernel, image = net.trunk[0].conv.weight, flat.trunk[0].conv.weight  # pyright: ignore
+    kernel, image = net.trunk[0].conv.weight, flat.trunk[0].conv.weight
     assert kernel.shape[2] == 7
-    torch.testing.assert_close(kernel.sum(2), image[:, :, 0])  # pyright: ignore
-    assert all(torch.equal(kernel[:, :, i], kernel[:, :, 0]) for i in range(7))  # pyright: ignore
+    torch.testing.assert_close(kernel.sum(2), image[:, :, 0])
+    assert all(torch.equal(kernel[:, :, i], kernel[:, :, 0]) for i in range(7))
     from_images = inflate({k: v[:, :, 0] if v.ndim == 5 else v for k, v in flat.state_dict().items()}, net)
-    assert torch.equal(from_images["trunk.0.conv.weight"], kernel)  # kernels of images as well  # pyright: ignore
+    assert torch.equal(from_images["trunk.0.conv.weight"], kernel)  # kernels of images as well
     flow = built(NARROW, channels=2, classes=7)
     taken = inflate(flat.state_dict(), flow)
     grey = torch.ones(1, 1, 1, 7, 7)
@@ -216,7 +216,7 @@ def test_inflated_weights_are_copies_divided_by_their_number(evidence):
         F.conv3d(grey.expand(1, 3, 1, 7, 7), image),
         rtol=1e-4,
         atol=1e-5,
-    )  # pyright: ignore
+    )
     assert torch.equal(taken["head.weight"], flow.state_dict()["head.weight"]), "other classes: a head of its own"
     evidence.property("inflation: t equal copies divided by t; from 2-D kernels too; flow's first kernel is the channels' mean")
 
@@ -233,9 +233,9 @@ def test_the_image_network_sees_frames_one_by_one():
 def test_units_and_pools_by_hand():
     torch.manual_seed(0)
     unit, x = Unit(3, 4, (3, 3, 3), (2, 2, 2)).eval(), torch.randn(1, 3, 5, 6, 7)
-    nn.init.uniform_(unit.norm.running_mean)  # pyright: ignore[reportArgumentType]
+    nn.init.uniform_(unit.norm.running_mean)
     y = F.conv3d(F.pad(x, (1, 1, 0, 1, 1, 1)), unit.conv.weight, stride=2)
-    y = (y - unit.norm.running_mean.view(1, -1, 1, 1, 1)) / (1 + 1e-3) ** 0.5  # pyright: ignore[reportOptionalMemberAccess]
+    y = (y - unit.norm.running_mean.view(1, -1, 1, 1, 1)) / (1 + 1e-3) ** 0.5
     torch.testing.assert_close(unit(x), y.relu())
     positive = x.abs()
     torch.testing.assert_close(MaxPool((3, 3, 3), (1, 1, 1))(positive), F.max_pool3d(positive, 3, 1, 1))

@@ -114,7 +114,7 @@ def test_multiply_adds_are_the_papers(evidence):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_weights_are_of_variants(name):
     assert PUBLISHED[name].source in SOURCES and PUBLISHED[name].classes == 400
-    assert SOURCES["pytorchvideo"]({"model_state": {"blocks.6.proj.bias": torch.ones(1)}}, VARIANTS[name]).keys() == {"head.bias"}  # pyright: ignore[reportArgumentType]
+    assert SOURCES["pytorchvideo"]({"model_state": {"blocks.6.proj.bias": torch.ones(1)}}, VARIANTS[name]).keys() == {"head.bias"}
 
 
 # --- Mechanisms
@@ -153,13 +153,13 @@ def test_shapes_of_table_1(name):
     with torch.device("meta"):
         net = build(Video.plain_spec(3, 400), config)
         clip = torch.zeros(1, 3, net.grid.frames, 224, 224)
-        slow, fast = net.slow.stem(clip[:, :, net.slow_places(clip.shape[2])]), net.fast.stem(clip)  # pyright: ignore[reportOptionalMemberAccess]
+        slow, fast = net.slow.stem(clip[:, :, net.slow_places(clip.shape[2])]), net.fast.stem(clip)
         for lateral, d, e, side in zip(net.lateral, (64, 256, 512, 1024), (8, 32, 64, 128), (56, 56, 28, 14), strict=True):
             assert tuple(slow.shape) == (1, d, config.frames, side, side)
             assert tuple(fast.shape) == (1, e, config.alpha * config.frames, side, side)
             assert tuple(lateral(fast).shape) == (1, 2 * e, config.frames, side, side)
             i = next(k for k, part in enumerate(net.lateral) if part is lateral)
-            slow, fast = net.slow.stages[i](torch.cat([slow, lateral(fast)], 1)), net.fast.stages[i](fast)  # pyright: ignore[reportOptionalMemberAccess]
+            slow, fast = net.slow.stages[i](torch.cat([slow, lateral(fast)], 1)), net.fast.stages[i](fast)
     assert net.embedding == 2048 + 256 and slow.shape[1:] == (2048, config.frames, 7, 7)
 
 
@@ -168,7 +168,7 @@ def test_only_the_last_stages_of_slow_see_time(evidence):
     with torch.device("meta"):
         net = build(Video.plain_spec(3, 400), VARIANTS["8x8"])
     for name, pathway in (("slow", net.slow), ("fast", net.fast)):
-        kernels[name] = [pathway.stem[0][0].kernel_size[0], *(stage[0].a[0].kernel_size[0] for stage in pathway.stages)]  # pyright: ignore
+        kernels[name] = [pathway.stem[0][0].kernel_size[0], *(stage[0].a[0].kernel_size[0] for stage in pathway.stages)]
     assert kernels == {"slow": [1, 1, 1, 3, 3], "fast": [5, 3, 3, 3, 3]}
     evidence.property("temporal kernels: Slow in res4 and res5 alone, Fast in the stem (5) and everywhere (3)")
 
@@ -177,9 +177,9 @@ def test_without_lateral_weights_slow_is_the_slow_network(evidence):
     """Zero lateral outputs and the channels that they feed ignored: Slow's features are those of slow-only with the same weights."""
     net = lively(built(LITTLE))
     for part in net.lateral:
-        part[1].weight.zero_()  # pyright: ignore
-        part[1].bias.zero_()  # pyright: ignore
-        part[1].running_mean.zero_()  # pyright: ignore
+        part[1].weight.zero_()
+        part[1].bias.zero_()
+        part[1].running_mean.zero_()
     alone = built(dataclasses.replace(LITTLE, alpha=1, fast_share=0))
     own = alone.state_dict()
     alone.load_state_dict(
@@ -214,11 +214,11 @@ def test_blocks_begin_as_identities():
     net = built(SMALL)
     x = torch.rand(1, 4 * SMALL.width, 2, 4, 4)
     block = Block(4 * SMALL.width, SMALL.width, 1, 1).eval()
-    nn.init.zeros_(block.c[1].weight)  # pyright: ignore[reportArgumentType]
+    nn.init.zeros_(block.c[1].weight)
     torch.testing.assert_close(block(x), x)
     found = {
         float(m.c[1].weight.abs().max()) for m in build(Video.plain_spec(3, 4), VARIANTS["slow_8x8"]).modules() if isinstance(m, Block)
-    }  # pyright: ignore
+    }
     assert found == {0.0} and net.head.bias.abs().max() == 0
 
 
@@ -236,5 +236,5 @@ def test_small_takes_its_size_and_step_from_the_data():
 def test_recipe_is_the_papers():
     found = recipe(VARIANTS["8x8"])
     assert (found.optimizer, found.lr, found.batch_size, found.weight_decay, found.schedule) == ("sgd", 0.1, 64, 1e-4, "cosine")
-    assert found.augment.scale == pytest.approx((256 / 224, 320 / 224)) and found.augment.flip == 0.5  # pyright: ignore
-    assert recipe(SMALL).augment.flip == 0, "left is not right where motion is the class"  # pyright: ignore[reportAttributeAccessIssue]
+    assert found.augment.scale == pytest.approx((256 / 224, 320 / 224)) and found.augment.flip == 0.5
+    assert recipe(SMALL).augment.flip == 0, "left is not right where motion is the class"

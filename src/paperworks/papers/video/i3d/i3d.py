@@ -221,7 +221,7 @@ def recipe(config: Config) -> Recipe:
     if config.image_size != 224:
         return Recipe(lr=3e-3, weight_decay=0.01, batch_size=16, augment=Jitter(scale=(1.0, 1.2), flip=0))
     return Recipe(
-        optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-7, batch_size=64, schedule="step", warmup=0, patch=224, clip=None,
+        optimizer="sgd", lr=0.1, momentum=0.9, batch_size=64, schedule="step", warmup=0, patch=224, clip=None,
         augment=Jitter(scale=(256 / 224, 256 / 224)),
     )  # fmt: skip
 
