@@ -479,7 +479,7 @@ class QuestionAnswering(nn.Module):
 _PAPER = Config()
 _SMALL = Config(
     least=8, most=16, cells=4, image_size=64, depth=18, width=32, stage=1, pool=7, sizes=(16, 24), ratios=(1.0, 1.7, 4.0), before=(100, 60),
-    after=(40, 24), smallest=3.0, sampled=24, class_embedding=32, attribute_hidden=64, embedding=64, cells_lstm=128, attention=64, std=0.1,
+    after=(40, 16), smallest=3.0, sampled=12, class_embedding=32, attribute_hidden=64, embedding=64, cells_lstm=128, attention=64, std=0.1,
     cross_entropy=None,
 )  # fmt: skip
 
