@@ -543,7 +543,7 @@ def _scene(given: dict[str, Tensor], side: int = 240) -> tuple[Picture, np.ndarr
     left, top, extent = _view(given["box"])
     scale = max(side, extent) / extent
     whole = crop(given["image"], (left, top, extent), extent)
-    picture = PIL.Image.fromarray(display(whole)).resize((round(extent * scale),) * 2, PIL.Image.Resampling.NEAREST)
+    picture = PIL.Image.fromarray(display(whole)).resize((round(extent * scale), round(extent * scale)), PIL.Image.Resampling.NEAREST)
     return np.array(picture), np.array([left, top]), scale
 
 
