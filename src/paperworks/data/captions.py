@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from paperworks.data import splits
-from paperworks.data.boxes import BoxItem, Object, decoded, examined, Written, open_boxes
+from paperworks.data.boxes import BoxItem, Object, Written, decoded, examined, open_boxes
 from paperworks.data.collection import Collection, Memory
 from paperworks.data.fingerprint import Scan, summarise
 from paperworks.data.labels import read_json
