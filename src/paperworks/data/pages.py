@@ -60,6 +60,8 @@ class Span(NamedTuple):
     segment: int
     start: int
     end: int
+    begins: bool = True
+    """It begins a value; others go on with the one of the span before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +78,18 @@ class Page:
     fields: Mapping[str, str] = field(default_factory=dict)
     """Field -> value."""
     spans: tuple[Span, ...] = ()
-    """Where the values stand; the spans of one field follow one another."""
+    """Where the values stand, some in several places; the spans of one place follow one another."""
     picture: Path | None = None
     split: str | None = None
 
+    def place(self, name: str) -> list[Span]:
+        """The spans of a field's first place."""
+        spans = [s for s in self.spans if s.field == name]
+        return spans[: next((i for i, s in enumerate(spans) if i and s.begins), len(spans))]
+
     def text(self, name: str) -> str:
-        """What the spans of a field say, one segment after the other."""
-        return " ".join(self.segments[s.segment].text[s.start : s.end] for s in self.spans if s.field == name)
+        """What stands at a field's first place, one segment after the other."""
+        return " ".join(self.segments[s.segment].text[s.start : s.end] for s in self.place(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +132,14 @@ def beside(one: Segment, other: Segment) -> bool:
 def locate(segments: Sequence[Segment], name: str, value: str) -> list[Span]:
     """Where a field's value stands on a page.
 
-    1. Within one segment, blanks and case aside, and not inside a longer word or number. Of several places the first whose row names the
-       field is taken (the total is the amount beside the word "total"), or else the first.
+    1. Within one segment, blanks and case aside, and not inside a longer word or number. Of several places those count that have a segment
+       beside them which begins with the field's name (the total is the amount beside "TOTAL:"); where there is none, those with the name in
+       their row ("SUB-TOTAL"); where there is none, all of them.
     2. Or in several segments that follow one another: those whose letters and digits are most like the value's, from a ratio of 0.8 on.
 
     Returns:
-        Spans of segments that follow one another; none where the value is not found.
+        The spans, one for each place in the first case and for each segment of the one place in the second; none where the value is not
+        found.
     """
     pattern = r"(?<!\w)(?<!\d[.,])" + r"\s*".join(map(re.escape, "".join(value.split()))) + r"(?!\w)(?![.,]\d)"
     if value[:1] and not value[0].isalnum():
@@ -141,8 +150,14 @@ def locate(segments: Sequence[Segment], name: str, value: str) -> list[Span]:
         for match in re.finditer(pattern, segment.text, re.IGNORECASE)
     ]
     if value and places:
-        word = name.lower()
-        return [next((p for p in places if any(word in s.text.lower() and beside(s, segments[p.segment]) for s in segments)), places[0])]
+        word = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+
+        def rank(place: Span) -> int:
+            row = [s.text for s in segments if beside(s, segments[place.segment])]
+            return 0 if any(map(word.match, row)) else 1 if any(map(word.search, row)) else 2
+
+        ranks = [rank(place) for place in places]
+        return [place for place, r in zip(places, ranks) if r == min(ranks)]
     letters = [_letters(s.text) for s in segments]
     wanted, best, found = _letters(value), ALIKE, range(0)
     for start in range(len(segments)):
@@ -153,7 +168,7 @@ def locate(segments: Sequence[Segment], name: str, value: str) -> list[Span]:
             alike = difflib.SequenceMatcher(None, run, wanted, autojunk=False)
             if alike.real_quick_ratio() > best and alike.quick_ratio() > best and (ratio := alike.ratio()) > best:
                 best, found = ratio, range(start, end)
-    return [Span(name, i, 0, len(segments[i].text)) for i in found]
+    return [Span(name, i, 0, len(segments[i].text), i == found[0]) for i in found]
 
 
 def _letters(text: str) -> str:
@@ -253,7 +268,12 @@ def _table(path: Path) -> list[Page]:
     for name, entries in found.items():
         page = _page(path, name, [segment for segment, _ in entries], {}, (None, None))
         marks = dict(entries)
-        spans = tuple(Span(marks[s], i, 0, len(s.text)) for i, s in enumerate(page.segments) if marks[s])
+        fields = [marks[s] for s in page.segments]
+        spans = tuple(
+            Span(field, i, 0, len(s.text), i == 0 or fields[i - 1] != field)
+            for i, (s, field) in enumerate(zip(page.segments, fields))
+            if field
+        )
         page = replace(page, spans=spans)
         pages.append(replace(page, fields={s.field: page.text(s.field) for s in spans}))
     return pages
@@ -298,7 +318,7 @@ def open_pages(source: str | Path, *, progress: Callable[[int, int], None] | Non
             if page.name in pages:
                 raise InputError(f"{file}: page {page.name!r} is in {pages[page.name].file} already; give each page a name of its own")
             pages[page.name] = _marked(
-                replace(page, fields={**page.fields, **values.get(page.name, {})}, picture=_picture(root, page.name))
+                replace(page, fields={**page.fields, **values.get(page.name, {})}, picture=picture_of(root, page.name))
             )
         if progress:
             progress(i + 1, len(files))
@@ -333,7 +353,8 @@ def _marked(page: Page) -> Page:
     return replace(page, spans=(*page.spans, *found))
 
 
-def _picture(root: Path, name: str) -> Path | None:
+def picture_of(root: Path, name: str) -> Path | None:
+    """The picture of a page that lies below the folder of its file, where there is one."""
     places = (root / "images" / f"{name}{suffix}" for suffix in sorted(IMAGE_SUFFIXES))
     return next((p for p in places if p.is_file()), None)
 

@@ -7,8 +7,11 @@ are a Chinese character), so that no vocabulary travels with a model and none is
 
 A sample is ``page`` with ``tags`` (N L) and ``segments`` (N: the field that a segment holds, counted from 1, or 0). With K fields there are
 2 K + 1 tags: 0 is outside, 2 k + 1 begins field k and 2 k + 2 goes on with it, across segments too: the second line of an address begins with
-"goes on". A network returns ``logits`` (B N L T) and, in evaluation, ``tags`` (B N L). Of several places that are tagged as one field, the
-one with the highest mean confidence is its value.
+"goes on". A network returns ``logits`` (B N L T) and, in evaluation, ``tags`` (B N L).
+
+A page is asked for one value of each field. Of several places that are tagged as one field, the one with the highest mean probability is it.
+Where none is tagged (three amounts that may each be the total with a third of certainty are all left outside), the segment in which the
+field is most probable is taken, if it is probable at all. All networks are read in this way.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from torch.nn import functional as F
 from torchmetrics.text import CharErrorRate
 
 from paperworks.data.images import read_image
-from paperworks.data.pages import FIELDS, Page, Pages, Segment, Span, beside, looks_like_pages, open_pages, read_pages
+from paperworks.data.pages import FIELDS, Page, Pages, Segment, Span, beside, looks_like_pages, open_pages, picture_of, read_pages
 from paperworks.data.splits import FILES
 from paperworks.errors import InputError
 from paperworks.files import atomic, write_json
@@ -46,11 +49,14 @@ LENGTH = 64
 BOX = 4
 """Rows of a page's tensor before the bytes."""
 ROWS = BOX + LENGTH
+LIKELY = 0.3
+"""Probability from which on a field that is tagged nowhere is taken from where it is most probable."""
 CANVAS = 1000
 """Longest side of a drawn page in pixels."""
 
 DATE = re.compile(r"\d{1,4}\s?[-/.]\s?(?:\d{1,2}|[A-Za-z]{3})\s?[-/.]\s?\d{2,4}|\d{1,2}\s?[A-Za-z]{3,9}\s?\d{4}")
 AMOUNT = re.compile(r"\d+(?:,\d{3})*\.\d{2}(?!\d)")
+NO_TOTAL = re.compile(r"sub|qty|quantity|item|tax|excl|disc|sav", re.IGNORECASE)
 POSTCODE = re.compile(r"(?<!\d)\d{5}(?!\d)")
 
 
@@ -91,24 +97,18 @@ def bytes_of(page: Float[Tensor, "*B F N"]) -> Int[Tensor, "*B N L"]:
 def tags_of(page: Page, names: Sequence[str]) -> tuple[Int[Tensor, "N L"], Int[Tensor, "N"]]:
     """A page's marks as tags of bytes, and the field of each segment (the longest where there are several)."""
     tags = torch.zeros(len(page.segments), LENGTH, dtype=torch.long)
-    segments = torch.zeros(len(page.segments), dtype=torch.long)
-    lengths = [0] * len(page.segments)
-    before: Span | None = None
     for span in page.spans:
         text, k = page.segments[span.segment].text, names.index(span.field)
         start, end = (len(text[:n].encode()) for n in (span.start, span.end))
-        goes_on = before is not None and before.field == span.field and before.segment == span.segment - 1
         tags[span.segment, start : min(end, LENGTH - 1)] = 2 * k + 2
-        if not goes_on and start < LENGTH - 1:
+        if span.begins and start < LENGTH - 1:
             tags[span.segment, start] = 2 * k + 1
-        if end - start > lengths[span.segment]:
-            segments[span.segment], lengths[span.segment] = k + 1, end - start
-        before = span
-    return tags, segments
+    return tags, torch.tensor(classes_of(page.spans, names, len(page.segments)))
 
 
-def read_tags(page: Page, tags: Int[Tensor, "N L"], confidence: Float[Tensor, "N L"], names: Sequence[str]) -> dict[str, Value]:
-    """Values of the fields from the tags of a page's bytes."""
+def read_tags(page: Page, tags: Int[Tensor, "N L"], probabilities: Float[Tensor, "N L T"], names: Sequence[str]) -> dict[str, Value]:
+    """Values of the fields from the tags of a page's bytes and the probabilities of all tags."""
+    confidence = probabilities.gather(2, tags[..., None])[..., 0]
     entities: list[tuple[int, list[list[int]], list[float]]] = []  # field, [segment, first byte, last byte] ..., confidence of each byte
     goes_on = False
     for i, (segment, row, sure) in enumerate(zip(page.segments, tags.tolist(), confidence.tolist())):
@@ -127,18 +127,30 @@ def read_tags(page: Page, tags: Int[Tensor, "N L"], confidence: Float[Tensor, "N
             goes_on = True
     found: dict[str, Value] = {}
     for k, spans, sure in entities:
-        marked = tuple(_span(page, names[k], *span) for span in spans)
+        marked = tuple(_span(page, names[k], *span, begins=i == 0) for i, span in enumerate(spans))
         text = " ".join(filter(None, (page.segments[s.segment].text[s.start : s.end].strip() for s in marked)))
-        mean = sum(sure) / len(sure)
-        if text and (names[k] not in found or mean > found[names[k]].confidence):
-            found[names[k]] = Value(text, mean, marked)
+        value, other = Value(text, sum(sure) / len(sure), marked), found.get(names[k])
+        if text and other is not None and same(text, other.text):  # it stands in several places
+            found[names[k]] = Value(other.text, max(value.confidence, other.confidence), (*other.spans, *marked))
+        elif text and (other is None or value.confidence > other.confidence):
+            found[names[k]] = value
+    written = bytes_of(encode(page)) > ord("\n")
+    for k, name in enumerate(names):
+        likely = probabilities[..., 2 * k + 1 : 2 * k + 3].sum(-1) * written  # N L
+        best = likely.max(1).values
+        if name not in found and float(best.max()) >= LIKELY:
+            i = int(best.argmax())
+            places = (likely[i] >= best[i] / 2).nonzero().flatten().tolist()
+            span = _span(page, name, i, places[0], places[-1], begins=True)
+            found[name] = Value(page.segments[i].text[span.start : span.end].strip(), float(best[i]), (span,))
     return found
 
 
-def _span(page: Page, name: str, segment: int, first: int, last: int) -> Span:
+def _span(page: Page, name: str, segment: int, first: int, last: int, *, begins: bool) -> Span:
     """Characters of bytes; a character that is tagged in part counts where it begins."""
     codes = page.segments[segment].text.encode()
-    return Span(name, segment, *(len(codes[:n].decode(errors="ignore")) for n in (first, last + 1)))
+    start, end = (len(codes[:n].decode(errors="ignore")) for n in (first, last + 1))
+    return Span(name, segment, start, end, begins)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +274,7 @@ def commonest_places(pages: Sequence[Page], names: Sequence[str]) -> Predict:
     for name in names:
         counts: Counter[tuple[int, int]] = Counter()
         for page in pages:
-            held = [s.segment for s in page.spans if s.field == name]
-            if held:
+            if held := [span.segment for span in page.place(name)]:
                 counts[held[0], len(held)] += 1
                 counts[held[0] - len(page.segments), len(held)] += 1
         if counts:
@@ -283,15 +294,15 @@ def commonest_places(pages: Sequence[Page], names: Sequence[str]) -> Predict:
 
 
 def _whole(page: Page, name: str, rows: Sequence[int], confidence: float = 1.0) -> Value:
-    spans = tuple(Span(name, i, 0, len(page.segments[i].text)) for i in rows)
+    spans = tuple(Span(name, i, 0, len(page.segments[i].text), i == rows[0]) for i in rows)
     return Value(" ".join(page.segments[i].text for i in rows), confidence, spans)
 
 
 def written_rules(pages: Sequence[Page], names: Sequence[str]) -> Predict:
     """What a person writes in an hour, chosen by the field's name; fields with other names are looked for where they stand most often.
 
-    A date is the first text that looks like one. A total is the last amount in a row that says "total" and neither "sub" nor "qty", or the
-    largest amount of the page. A company is the first line. An address is what follows it, until a line with a postcode.
+    A date is the first text that looks like one. A total is the last amount in a row that says "total" and is none of a part (sub-total,
+    tax, quantity ...), or the largest amount of the page. A company is the first line. An address is what follows it, until a line with a postcode.
     """
     elsewhere = commonest_places(pages, names)
     rules: dict[str, Callable[[Page, str], Value | None]] = {"date": _date, "total": _total, "amount": _total, "address": _address}
@@ -321,7 +332,7 @@ def _total(page: Page, name: str) -> Value | None:
     amounts = [(i, match) for i, segment in enumerate(page.segments) for match in AMOUNT.finditer(segment.text)]
     if not amounts:
         return None
-    words = [s for s in page.segments if re.search(r"total", s.text, re.IGNORECASE) and not re.search(r"sub|qty", s.text, re.IGNORECASE)]
+    words = [s for s in page.segments if re.search(r"total", s.text, re.IGNORECASE) and not NO_TOTAL.search(s.text)]
     said = [(i, match) for i, match in amounts if any(beside(page.segments[i], word) for word in words)]
     i, match = said[-1] if said else max(amounts, key=lambda a: float(a[1][0].replace(",", "")))
     return Value(match[0], 1.0, (Span(name, i, match.start(), match.end()),))
@@ -341,16 +352,15 @@ def _address(page: Page, name: str) -> Value | None:
 
 
 class Tagged(Deployed):
-    """Pages B F N -> the tag of each byte and how sure it is, B N L both."""
+    """Pages B F N -> the tag of each byte, B N L, and the probabilities of all tags there, B N L T."""
 
     def forward(self, image: Tensor) -> Any:
         """Run and finish; nothing is normalised."""
         return self.finish(self.network(image))
 
     def finish(self, output: Output) -> tuple[Tensor, Tensor]:
-        """The best path, and the softmax of the logits at it."""
-        tags = output["tags"]
-        return tags, output["logits"].softmax(-1).gather(-1, tags[..., None])[..., 0]
+        """The best path, and the softmax of the logits."""
+        return output["tags"], output["logits"].softmax(-1)
 
 
 class Documents(Task):
@@ -388,7 +398,7 @@ class Documents(Task):
     views = {"boxes": ("boxes", "文本框"), "fields": ("fields", "字段")}
     inputs = ("page",)
     images = ()
-    outputs = ("tags", "confidence")
+    outputs = ("tags", "probabilities")
     together = True
     suffix = ".fields.json"
 
@@ -492,8 +502,8 @@ class Documents(Task):
 
         def predict(page: Page) -> dict[str, Value]:
             with torch.inference_mode():
-                tags, confidence = deployed(encode(page)[None])
-            return read_tags(page, tags[0].cpu(), confidence[0].float().cpu(), spec.classes)
+                tags, probabilities = deployed(encode(page)[None])
+            return read_tags(page, tags[0].cpu(), probabilities[0].float().cpu(), spec.classes)
 
         return predict
 
@@ -616,9 +626,10 @@ class Documents(Task):
 
 
 def _predicted(model: Model, source: Path) -> dict[str, tuple[Page, dict[str, Value]]]:
-    """Page -> it and its values; a picture that lies beside it under its name, or under ``images``, is drawn on."""
+    """Page -> it, with its picture, and its values."""
     predict = Documents.predictor(model.forward, model.spec, model.grid)
-    return {page.name: (page, predict(page)) for page in read_pages(source)}
+    pages = [replace(page, picture=picture_of(source.parent, page.name)) for page in read_pages(source)]
+    return {page.name: (page, predict(page)) for page in pages}
 
 
 def _plain(found: Found) -> dict[str, Any]:
