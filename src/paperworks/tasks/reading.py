@@ -33,7 +33,7 @@ from torchmetrics.text import CharErrorRate
 from torchvision import tv_tensors
 
 from paperworks.data.images import read_image, unit
-from paperworks.data.words import LONGEST, WordItem, looks_like_words, open_words
+from paperworks.data.words import WordItem, looks_like_words, open_words
 from paperworks.errors import InputError
 from paperworks.files import atomic
 from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of
@@ -136,7 +136,7 @@ def decoded(characters: Int[Tensor, " T"], likelihoods: Float[Tensor, " T"], alp
     """The text before the end, and the likelihoods of its characters and the end. What is no character of the alphabet is not written."""
     indices = characters.tolist()
     length = indices.index(len(alphabet)) if len(alphabet) in indices else len(indices)
-    text = "".join(alphabet[i] for i in indices[:length] if i < len(alphabet))
+    text = "".join([str(alphabet[i]) for i in indices[:length] if i < len(alphabet)])
     return text, tuple(likelihoods[: length + 1].tolist())
 
 
@@ -416,7 +416,7 @@ class TextReading(Task):
 
     @classmethod
     def plain_spec(cls, channels: int = 3, classes: int = 2, ndim: int = 2, size: tuple[int, ...] | None = None) -> Spec:
-        """Words of up to ``LONGEST`` characters, of which there are ``classes``: the printable ones, then others."""
+        """Words of up to seven characters, of which there are ``classes``: the printable ones, then others."""
         return Spec(
             task=cls.name,
             channels=channels,
@@ -424,7 +424,7 @@ class TextReading(Task):
             size=size or (32, 96),
             mean=(0.5,) * channels,
             std=(0.25,) * channels,
-            more={"longest": LONGEST},
+            more={"longest": 7},
         )
 
     @classmethod

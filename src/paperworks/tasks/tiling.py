@@ -146,8 +146,8 @@ def predict_array(
 
 def padded(image: Float[Tensor, "C *S"], grid: Grid) -> Float[Tensor, "C *s"]:
     """The image mirrored to the smallest valid input whose output covers it; the output begins at the image's first pixel."""
-    for axis, length in enumerate(image.shape[1:], start=1):
-        image = image.index_select(axis, mirrored(-grid.margin, grid.fit(length), length))
+    for axis, side in enumerate(grid.sides(image.shape[1:]), start=1):
+        image = image.index_select(axis, mirrored(-grid.margin, side, image.shape[axis]))
     return image
 
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -241,8 +241,8 @@ class Decoder(nn.Module):
     def begin(self, features: Float[Tensor, "B L D"]) -> tuple[Tensor, Tensor]:
         """The state before the first character, zeros, with an LSTM's cell behind its output; and the character before it."""
         size = self.state * (2 if isinstance(self.cell, nn.LSTMCell) else 1)
-        previous = torch.full((len(features),), self.start, dtype=torch.long, device=features.device)
-        return features.new_zeros(len(features), size), previous
+        previous = torch.full((features.shape[0],), self.start, dtype=torch.long, device=features.device)
+        return features.new_zeros(features.shape[0], size), previous
 
     def step(
         self, features: Float[Tensor, "B L D"], keys: Float[Tensor, "B L A"], state: Float[Tensor, "B s"], previous: Int[Tensor, " B"]
@@ -276,24 +276,29 @@ class Decoder(nn.Module):
         keys, (state, previous) = self.key(texts), self.begin(texts)
         total = features.new_zeros(1, beam)
         total[:, 1:] = -torch.inf  # all begin alike: one of them is enough
-        total = total.expand(len(features), beam)
+        total = total.expand(features.shape[0], beam)
         only_end = features.new_full((self.outputs,), -torch.inf)
         only_end[self.end] = 0.0
         over = torch.zeros_like(total, dtype=torch.bool)
-        said: list[Tensor] = []
-        sure: list[Tensor] = []
+        said = features.new_full((features.shape[0], beam, 0), self.end, dtype=torch.long)
+        sure = features.new_zeros(features.shape[0], beam, 0)
         for _ in range(steps):
             logits, state = self.step(texts, keys, state, previous)
             each = logits.log_softmax(1).unflatten(0, (-1, beam))  # B N V
             each = torch.where(over[..., None], only_end, each)
             total, best = (total[..., None] + each).flatten(1).topk(beam, 1)
             origin, character = best // self.outputs, best % self.outputs  # B N
-            sure = [s.gather(1, origin) for s in sure] + [each.flatten(1).gather(1, best)]
-            said = [s.gather(1, origin) for s in said] + [character]
             over = character == self.end
-            state = state.unflatten(0, (-1, beam)).gather(1, origin[..., None].expand(-1, -1, state.shape[1])).flatten(0, 1)
+            said = torch.cat([taken(said, origin), character[..., None]], 2)
+            sure = torch.cat([taken(sure, origin), each.flatten(1).gather(1, best)[..., None]], 2)
+            state = taken(state.unflatten(0, (-1, beam)), origin).flatten(0, 1)
             previous = character.flatten()
-        return torch.stack(said, 2)[:, 0], torch.stack(sure, 2)[:, 0]
+        return said[:, 0], sure[:, 0]
+
+
+def taken(values: Shaped[Tensor, "B N s"], origin: Int[Tensor, "B N"]) -> Shaped[Tensor, "B N s"]:
+    """What the texts of a beam have from those that they go on from."""
+    return values.gather(1, origin[..., None].expand(-1, -1, values.shape[2]))
 
 
 def turned(texts: Int[Tensor, "B T"], end: int) -> Int[Tensor, "B T"]:
@@ -370,7 +375,7 @@ VARIANTS: Mapping[str, Config] = {
     "port": Config(),
     "small": LAPTOP,
     "test": Config(
-        units="original", size=(32, 48), points=8, overview=(8, 16), locate=(4, 8), start=0.01, straight=(16, 32), widths=(6, 8, 10, 12),
+        size=(32, 48), points=8, overview=(8, 16), locate=(4, 8), start=0.01, straight=(16, 32), widths=(6, 8, 10, 12),
         depths=(1, 1, 1, 2), strides=((2, 2), (2, 2), (2, 1), (2, 1)), hidden=8, state=12, attention=12, beam=3,
     ),
 }  # fmt: skip
@@ -382,7 +387,7 @@ def recipe(config: Config) -> Recipe:
         return Recipe(
             optimizer="adadelta", lr=1.0, schedule="step", decay_at=(1 / 2, 2 / 3, 5 / 6), warmup=0, batch_size=64, augment=Vary()
         )
-    return Recipe(optimizer="adam", lr=2e-3, batch_size=32, augment=Vary(shift=0.05, scale=0.1, slant=0.2, light=0.2))
+    return Recipe(optimizer="adam", lr=3e-3, batch_size=16, augment=Vary(shift=0.05, scale=0.1, slant=0.2, light=0.2))
 
 
 def build(spec: Spec, config: Config) -> ASTER:
