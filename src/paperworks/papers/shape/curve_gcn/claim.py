@@ -14,7 +14,7 @@ from paperworks.tasks.claim import Claim, Lab, Results
 
 SETTINGS = {
     "three": {},
-    "one": {"steps": 1, "residuals": 7},
+    "one": {"iterations": 1, "residuals": 7},
     "direct": {"head": "fc"},
     "polygon": {"curve": "polygon"},
 }

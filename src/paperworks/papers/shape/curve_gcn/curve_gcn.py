@@ -52,7 +52,7 @@ class Config:
     """What the control points are: knots of a Catmull-Rom spline, or corners."""
     samples: int = 1280
     """K, points of a curve in training; a multiple of N that divides 1280."""
-    steps: int = 3
+    iterations: int = 3
     """T, graph networks with weights of their own."""
     state: int = 128
     """Width of a graph network."""
@@ -229,7 +229,7 @@ class CurveGCN(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(channels, config)
-        graphs = [GraphResNet(config.features + 2, config.state, config.residuals) for _ in range(config.steps)]
+        graphs = [GraphResNet(config.features + 2, config.state, config.residuals) for _ in range(config.iterations)]
         if config.head == "gcn":
             self.gcn = nn.ModuleList(graphs)
         else:
@@ -432,7 +432,7 @@ VARIANTS = {
     "finetune": Config(rendering=1.0),
     "small": Config(side=64, depth=18, width=16, stride=4, features=32, branch=4, samples=80, state=64, residuals=2, corrections=1),
     "test": Config(
-        side=32, depth=18, width=4, stride=4, features=8, branch=2, points=16, samples=64, steps=2, state=8, residuals=1, corrections=1, rendering=1.0
+        side=32, depth=18, width=4, stride=4, features=8, branch=2, points=16, samples=64, iterations=2, state=8, residuals=1, corrections=1, rendering=1.0
     ),
 }  # fmt: skip
 
