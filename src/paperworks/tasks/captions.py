@@ -510,7 +510,7 @@ def captioned(picture: Picture, captions: Sequence[str], side: int = 240) -> Pic
     return np.concatenate([large, np.array(foot)])
 
 
-def looked(image: Float[Tensor, "C H W"], found: dict[str, Any], side: int = 120, columns: int = 6) -> Picture:
+def looked(image: Float[Tensor, "C H W"], found: dict[str, Any], side: int = 120, columns: int = 4) -> Picture:
     """For each word the image, bright where the network looked, and a frame around the region that it attended most."""
     base = display(image)
     if not len(found["boxes"]) or not found["words"]:

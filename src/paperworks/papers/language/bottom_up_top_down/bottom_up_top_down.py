@@ -31,7 +31,7 @@ from paperworks.nn.resnet import Depth, ResNet
 from paperworks.papers.detection.faster_rcnn import faster_rcnn
 from paperworks.papers.detection.faster_rcnn.faster_rcnn import HEAD_WEIGHTS, RPN, FasterRCNN, anchor_shapes, multi_task_loss, sample
 from paperworks.tasks.base import Batch, Grid, Loss, Output, Paper, Recipe, Spec
-from paperworks.tasks.captions import END
+from paperworks.tasks.captions import END, UNKNOWN
 
 NEVER = -1e9
 """Log-probability of what must not be."""
@@ -187,7 +187,7 @@ class Detector(FasterRCNN):
     def detected(self, image: Float[Tensor, "B C S S"]) -> tuple[Float[Tensor, "B R F"], Bool[Tensor, "B R"], Float[Tensor, "B R 4"]]:
         """Features of the chosen proposals, which of the rows are any, and their boxes (not refined: the feature is that of the proposal)."""
         maps, side = [self.stages(image)], image.shape[-1]
-        proposals, valid = self._propose(*self.rpn(maps), self._anchors(maps, side), side)
+        proposals, valid = self._propose(*self.rpn(maps), self._anchors(maps, side), side)  # pyright: ignore[reportCallIssue]
         v = self.pooled(maps[0], list(proposals.unbind(0)))
         scores = self.cls(v).softmax(1)[:, 1:].view(*valid.shape, -1)  # B P K
         v = v.view(*valid.shape, -1)
@@ -303,7 +303,8 @@ class TopDown(nn.Module):
     def search(self, regions: Regions, width: int, length: int) -> Output:
         """The ``width`` most probable captions that a beam finds, best first: ``words`` and ``logp`` B W L, ``attention`` B W L R.
 
-        No word comes twice in a row. After its end a caption goes on with ends that cost nothing. A width of 1 is greedy decoding.
+        No word comes twice in a row, and the unknown one never. After its end a caption goes on with ends that cost nothing. A width of 1 is
+        greedy decoding.
         """
         batch, rest = len(regions.mean), regions.times(width)
         state, word = self.start(rest), torch.full((batch * width,), END, device=regions.mean.device)
@@ -315,10 +316,9 @@ class TopDown(nn.Module):
             h2, alpha, state = self.step(word, state, rest)
             logp = F.log_softmax(self.w_p(h2), 1)
             place = torch.arange(logp.shape[1], device=word.device)
-            ends = torch.where(place == END, 0.0, NEVER).to(logp)
-            logp = logp.where(place != word[:, None], NEVER) if t else logp.where(place != END, NEVER)
+            logp = logp.where((place != word[:, None]) & (place != UNKNOWN), NEVER)
             if t:
-                logp = torch.where((word == END)[:, None], ends, logp)
+                logp = torch.where((word == END)[:, None], torch.where(place == END, 0.0, NEVER).to(logp), logp)
             total = score[..., None] + logp.view(batch, width, -1)
             score, index = total.flatten(1).topk(width, dim=1)
             parent = (base + index // logp.shape[1]).flatten()
