@@ -443,12 +443,11 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
 
     def taken() -> Iterator[dict[str, Tensor]]:
         """The terms of the loss at each step that is left."""
-        if solver:
-            for _ in range(step, the_plan.steps):
-                yield learner.solve(solver, lambda: map(fabric.to_device, once(dataset, recipe.batch_size, workers)))
-            return
-        for at, batch in enumerate(batches(dataset, recipe.batch_size, step, the_plan.steps, rank, world, workers), start=step):
-            yield learner.step(fabric, fabric.to_device(batch), at, the_plan.steps, rank)
+        if solver is None:
+            for at, batch in enumerate(batches(dataset, recipe.batch_size, step, the_plan.steps, rank, world, workers), start=step):
+                yield learner.step(fabric, fabric.to_device(batch), at, the_plan.steps, rank)
+        elif step < the_plan.steps:
+            yield learner.solve(solver, lambda: map(fabric.to_device, once(dataset, recipe.batch_size, workers)))
 
     for terms in taken():
         step += 1
