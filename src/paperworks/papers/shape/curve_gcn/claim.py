@@ -23,7 +23,7 @@ STEPS = 120
 
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one arm and outline every third validation object."""
-    trained = lab.fit(variant="small", steps=STEPS, corrections=0, **SETTINGS[arm])
+    trained = lab.fit(variant="small", steps=STEPS, batch_size=8, corrections=0, **SETTINGS[arm])
     return lab.data.evaluate(trained.predict, lab.data.val[::3])[0]
 
 
