@@ -137,13 +137,18 @@ def test_strangers_are_problems(shop: Path) -> None:
     assert "'nobody' first" in problem["what"]
 
 
-def test_other_attributes_are_refused(shop: Path) -> None:
+def test_other_data_are_refused(shop: Path) -> None:
     data = Recommendation(shop)
-    spec = data.spec
-    edited(shop, "users.csv", "member", "customer_since_2020")
+    data.check(data.spec)
+    text = (shop / "users.csv").read_text()
     edited(shop, "users.csv", "age", "years")
-    with pytest.raises(InputError, match="channels"):
-        Recommendation(shop).check(spec)
+    with pytest.raises(InputError, match=r"differ in attributes \(age, years\)"):
+        Recommendation(shop).check(data.spec)
+    (shop / "users.csv").write_text(text)
+    sold = (shop / "ratings.csv").read_text()
+    (shop / "ratings.csv").write_text(sold.replace(",p3,", ",q3,"))
+    with pytest.raises(InputError, match=r"differ in what is recommended \(p3, q3\)"):
+        Recommendation(shop).check(data.spec)
 
 
 # Scores

@@ -199,10 +199,17 @@ class Recommendation(Task):
         Raises:
             InputError: they differ.
         """
-        super().check(spec)
-        ours, theirs = self.spec.more["attributes"], list(spec.more["attributes"])
-        if ours != theirs:
-            raise InputError(f"{self.source} has the attributes {ours} where the model was trained on {theirs}; give data of the same kind")
+        ours, theirs = self.spec, spec
+        for what, here, there in (
+            ("attributes", ours.more["attributes"], theirs.more["attributes"]),
+            ("what is recommended", ours.classes, theirs.classes),
+        ):
+            if list(here) != list(there):
+                odd = sorted(set(here) ^ set(there))
+                raise InputError(
+                    f"{self.source} and the data that the model was trained on differ in {what} ({', '.join(odd[:3]) or 'their order'}"
+                    f"{' and more' if len(odd) > 3 else ''}); give data of the same kind"
+                )
 
     def sample(self, item: Entity) -> Sample:
         """One entity."""
