@@ -112,6 +112,18 @@ def test_packs_open(name):
     assert len(data.split("train")) > 400
 
 
+def test_an_instance_in_pieces_is_its_largest_piece(shapes, tmp_path):
+    """Two discs with one number: the larger one, and its box."""
+    for folder in ("images", "instances"):
+        (tmp_path / folder).mkdir()
+    mask = np.where(disc((48, 64), (16.0, 20.0), 7.0) | disc((48, 64), (46.0, 28.0), 10.0), 3, 0).astype(np.uint16)
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.png").write_bytes((shapes / "images" / "0.png").read_bytes())
+        Image.fromarray(mask).save(tmp_path / "instances" / f"{i}.png")
+    data = open_objects(tmp_path)
+    assert [i.box for i in data.items] == [(36, 18, 56, 38)] * 3 and data.region(data.items[0]).sum() < 330
+
+
 def test_coco_polygons(shapes, tmp_path):
     """Two overlapping outlines of two classes: two objects."""
     (tmp_path / "images").mkdir()

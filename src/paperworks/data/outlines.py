@@ -1,4 +1,4 @@
-"""Objects and their outlines: every instance, or connected part, of a data set of masks is an object with a box and a closed polygon.
+"""Objects and their outlines: every instance (its largest part), or connected part, of masks is an object with a box and a closed polygon.
 
 Coordinates are (x, y) in pixels from the image's corner: pixel i reaches from i to i + 1 and its centre is i + 0.5, so a box of the
 whole image is 0, 0, width, height. Polygons run clockwise as one sees them (y points down) and are not closed by repeating the first point.
@@ -152,7 +152,10 @@ class Objects:
         return tuple(i for i in self.items if i.image.split == name)
 
     def numbers(self, image: Item) -> Int[np.ndarray, "H W"]:
-        """The objects of an image, numbered from 1; where labels do not tell objects apart, the connected parts of each class."""
+        """The objects of an image, numbered from 1: of every instance the largest connected part, as a closed curve has one inside.
+
+        Where labels do not tell objects apart, the connected parts of each class.
+        """
         if image.name not in self._kept:
             while len(self._kept) >= KEPT:
                 del self._kept[next(iter(self._kept))]
@@ -162,7 +165,7 @@ class Objects:
     def _numbered(self, image: Item) -> np.ndarray:
         told = self.folder.instance_map(image)
         if told is not None:
-            return told
+            return _whole(told)
         mask, total = self.folder.mask(image), 0
         numbers = np.zeros(mask.shape, np.int32)
         for label in range(1, len(self.folder.class_names)):
@@ -174,6 +177,17 @@ class Objects:
     def region(self, item: Outlined) -> Bool[np.ndarray, "H W"]:
         """The object's pixels."""
         return self.numbers(item.image) == item.number
+
+
+def _whole(numbers: Int[np.ndarray, "H W"]) -> Int[np.ndarray, "H W"]:
+    """Instances without the parts that do not hang together with their largest one."""
+    out = numbers.copy()
+    for number, place in enumerate(ndimage.find_objects(numbers), start=1):
+        if place is not None:
+            parts, count = ndimage.label(numbers[place] == number)  # type: ignore[misc]
+            if count > 1:
+                out[place][(parts > 0) & (parts != 1 + np.bincount(parts.ravel())[1:].argmax())] = 0
+    return out
 
 
 def open_objects(source: str | Path, *, progress: Callable[[int, int], None] | None = None) -> Objects:
