@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import PIL.Image
@@ -32,6 +32,7 @@ from jaxtyping import Float, Int
 from PIL import ImageDraw, ImageFont
 from scipy import sparse
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 from torchmetrics.functional.text import char_error_rate, sacre_bleu_score
 
@@ -98,45 +99,97 @@ def beam_search(
     """The ended text of the largest log P / ((5 + length) / 6)^alpha (Wu et al. 2016) among those that the beam meets, and that value.
 
     Hypotheses that ended leave the beam, so that ``beams`` open ones are followed to the end; where none ends within the network's longest
-    text the likeliest open one is taken. The loop has no exit that depends on the data while it is exported.
+    text the likeliest open one is taken.
     """
-    batch, steps = source.shape[0], network.longest
+    beam = Beam.start(source, beams, network.longest)
     state = [part.repeat_interleave(beams, 0) for part in network.begin(source)]
-    symbol = source.new_full((batch * beams,), BEGIN)
-    first = torch.arange(batch, device=source.device)[:, None] * beams  # of each source's rows in the state
-    open_score = torch.full((beams,), -torch.inf, device=source.device).index_fill(0, first.new_zeros(1), 0.0).expand(batch, beams)
-    written = source.new_zeros(batch, beams, 0)
-    ended, ended_score = source.new_full((batch, beams, steps), PAD), torch.full_like(open_score, -torch.inf)
-
-    def length_penalty(length: int) -> float:
-        return ((5 + length) / 6) ** alpha
-
-    for t in range(steps):
+    symbol = source.new_full((len(state[0]),), BEGIN)
+    for t in range(network.longest):
         logits, state = network.step(symbol, state)
-        score = open_score[:, :, None] + logits.float().log_softmax(1).unflatten(0, (batch, beams))  # B beams V
-        size = score.shape[2]
-        score, place = score.flatten(1).topk(2 * beams)  # as many as may end, and as many again
-        row, symbol = place // size, place % size
-        written = torch.cat([_taken(written, row), symbol[:, :, None]], 2)
+        beam, row = beam.advanced(logits, t, alpha)
+        state = [part[row] for part in state]
+        symbol = beam.written[:, :, t].flatten()
+        if beam.settled(alpha):
+            break
+    return beam.best(alpha)
+
+
+def beam_search_at_once(
+    network: nn.Module, source: Int[Tensor, "B L"], longest: int, beams: int = BEAMS, alpha: float = ALPHA
+) -> tuple[Int[Tensor, "B T"], Float[Tensor, " B"]]:
+    """The same search as a loop that can be exported: nothing grows, so every step runs the whole network on what is written so far."""
+    beam = Beam.start(source, beams, longest)
+    again = source.repeat_interleave(beams, 0)
+
+    def step(carry: tuple[Tensor, ...], t: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        before = Beam(*carry)
+        logits = network(again, shifted(before.written.flatten(0, 1)))["logits"].index_select(1, t[None])[:, 0]
+        after, _ = before.advanced(logits, t, alpha)
+        return tuple(part.clone() for part in after), t.clone()
+
+    carry, _ = scan(step, tuple(beam), torch.arange(longest, device=source.device))
+    return Beam(*carry).best(alpha)
+
+
+class Beam(NamedTuple):
+    """What a search knows: texts that are still open and the best that have ended, filled up with padding."""
+
+    written: Int[Tensor, "B K T"]
+    score: Float[Tensor, "B K"]
+    """Logarithms of their probabilities."""
+    ended: Int[Tensor, "B K T"]
+    ended_score: Float[Tensor, "B K"]
+    """The same over the length penalty, largest first."""
+
+    @classmethod
+    def start(cls, source: Int[Tensor, "B L"], beams: int, longest: int) -> Beam:
+        """Nothing written; of the equal hypotheses only the first counts."""
+        nothing = source.new_full((source.shape[0], beams, longest), PAD)
+        score = torch.zeros_like(nothing[:, :, 0], dtype=torch.float32)
+        impossible = torch.full_like(score, -torch.inf)
+        return cls(
+            nothing, torch.where(torch.arange(beams, device=source.device) == 0, score, impossible), nothing.clone(), impossible.clone()
+        )
+
+    def advanced(self, logits: Float[Tensor, "N V"], t: int | Tensor, alpha: float) -> tuple[Beam, Int[Tensor, " N"]]:
+        """One symbol more, at place t; and the rows of the network's state that go with the hypotheses now."""
+        batch, beams, longest = self.written.shape
+        log_p = logits.float().log_softmax(1).view(batch, beams, -1)
+        score, place = (self.score[:, :, None] + log_p).flatten(1).topk(2 * beams)  # as many as may end, and as many again
+        row, symbol = place // log_p.shape[2], place % log_p.shape[2]
+        here = torch.arange(longest, device=place.device) == t
+        written = torch.where(here, symbol[:, :, None], _taken(self.written, row))
         ends = symbol == END
-        every_score = torch.cat([ended_score, torch.where(ends, score / length_penalty(t + 1), -torch.inf)], 1)
-        ended_score, best = every_score.topk(beams)
-        ended = _taken(torch.cat([ended, F.pad(written, (0, steps - t - 1), value=PAD)], 1), best)
-        open_score, best = torch.where(ends, -torch.inf, score).topk(beams)
-        written, row, symbol = _taken(written, best), row.gather(1, best), symbol.gather(1, best).flatten()
-        state = [part[(first + row).flatten()] for part in state]
-        if not torch.compiler.is_exporting() and bool((ended_score[:, 0] >= open_score[:, 0] / length_penalty(steps)).all()):
-            break  # no open one can become better
-    none = ended_score[:, 0] == -torch.inf
-    still_open = F.pad(written[:, 0], (0, steps - written.shape[2]), value=PAD)
-    return torch.where(none[:, None], still_open, ended[:, 0]), torch.where(
-        none, open_score[:, 0] / length_penalty(steps), ended_score[:, 0]
-    )
+        over = torch.where(ends, score / ((6 + t) / 6) ** alpha, -torch.inf)
+        ended_score, best = torch.cat([self.ended_score, over], 1).topk(beams)
+        ended = _taken(torch.cat([self.ended, written], 1), best)
+        score, best = torch.where(ends, -torch.inf, score).topk(beams)
+        first = torch.arange(batch, device=place.device)[:, None] * beams
+        return Beam(_taken(written, best), score, ended, ended_score), (first + row.gather(1, best)).flatten()
+
+    def settled(self, alpha: float) -> bool:
+        """No open text can become better than the best that has ended."""
+        return bool((self.ended_score[:, 0] >= self._over(alpha)).all())
+
+    def best(self, alpha: float) -> tuple[Int[Tensor, "B T"], Float[Tensor, " B"]]:
+        """The best text and its score."""
+        none = self.ended_score[:, 0] == -torch.inf
+        return torch.where(none[:, None], self.written[:, 0], self.ended[:, 0]), torch.where(
+            none, self._over(alpha), self.ended_score[:, 0]
+        )
+
+    def _over(self, alpha: float) -> Float[Tensor, " B"]:
+        return self.score[:, 0] / ((5 + self.written.shape[2]) / 6) ** alpha
 
 
 def _taken(x: Tensor, rows: Int[Tensor, "B N"]) -> Tensor:
     """Rows of B M T, B N T."""
     return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def shifted(symbols: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Symbols behind the one that begins, without the last: what a decoder sees when it writes them."""
+    return torch.cat([torch.full_like(symbols[:, :1], BEGIN), symbols[:, :-1]], 1)
 
 
 @dataclass(frozen=True)
@@ -166,9 +219,11 @@ class Translator(Deployed):
 
     def forward(self, source: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor, Tensor]:
         """Search, and look once more at what was found."""
-        symbols, score = beam_search(self.network, source)  # pyright: ignore[reportArgumentType]
-        behind = torch.cat([torch.full_like(symbols[:, :1], BEGIN), symbols[:, :-1]], 1)
-        return symbols, score, self.finish(self.network(source, behind))
+        if torch.compiler.is_exporting():
+            symbols, score = beam_search_at_once(self.network, source, self.network.longest)  # pyright: ignore[reportArgumentType]
+        else:
+            symbols, score = beam_search(self.network, source)  # pyright: ignore[reportArgumentType]
+        return symbols, score, self.finish(self.network(source, shifted(symbols)))
 
     def finish(self, output: Output) -> Tensor:
         """The attention of what is written on what is read."""
@@ -466,7 +521,7 @@ class Translation(Task):
         target = source[:, :longest].clone()
         return {
             "source": source,
-            "target_in": torch.cat([torch.full_like(target[:, :1], BEGIN), target[:, :-1]], 1),
+            "target_in": shifted(target),
             "target": target,
             "text": ["noise"] * batch,
             "truth": ["noise"] * batch,
