@@ -111,7 +111,7 @@ class Contours(Task):
     inputs = ("image", "outline")
     output = "curve"
     outputs = ("points", "curve")
-    look_at = 100
+    look_at = 48
     together = True
     suffix = ".png"
 
