@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from paperworks.data.words import crop, looks_like_words, open_words
 from paperworks.errors import InputError
 from paperworks.tasks import guess, task
-from paperworks.tasks.base import Grid
+from paperworks.tasks.base import Grid, Recipe
 from paperworks.tasks.contract import Model, Options
 from paperworks.tasks.reading import (
     CHARACTERS,
@@ -34,6 +34,7 @@ from paperworks.tasks.reading import (
     sequence_loss,
     stretched,
 )
+from paperworks.train.engine import build_optimizer
 
 WORDS = ("Ox", "12.50", "to", "Ox", "a,b", "7", "Ox", "zz")
 
@@ -285,3 +286,9 @@ def test_grid_of_a_rectangle():
     assert grid.sides((10, 300)) == [24, 96] and Grid(16).sides((10, 20, 40)) == [16, 32, 48] and Grid().sides(()) == []
     assert TextReading.network_input(torch.rand(1, 10, 300), grid).shape == (1, 24, 96)
     assert TextReading.example(TextReading.plain_spec(), grid, batch=2).shape == (2, 3, 24, 96)
+
+
+def test_adadelta_is_an_optimiser():
+    """The one that readers of the field are trained with."""
+    optimiser = build_optimizer(nn.Linear(2, 2), Recipe(optimizer="adadelta", lr=1.0))
+    assert isinstance(optimiser, torch.optim.Adadelta) and optimiser.defaults["lr"] == 1.0

@@ -457,8 +457,6 @@ def _read(model: Model, source: Path) -> Tensor:
 # --- pictures ----------------------------------------------------------------------------------------------------------------------
 
 RIGHT, WRONG = (0, 128, 96), (213, 94, 0)
-BLANK = "\N{OPEN BOX}"
-"""How a blank at either end, or an empty text, is shown."""
 
 
 def written(picture: Picture, text: str, colour: tuple[int, int, int] = (0, 0, 0), width: int = 240, note: str = "") -> Picture:
@@ -470,7 +468,7 @@ def written(picture: Picture, text: str, colour: tuple[int, int, int] = (0, 0, 0
     draw, size = ImageDraw.Draw(sheet), 22
     while size > 9 and draw.textlength(text, ImageFont.load_default(size)) > width - 6:
         size -= 1
-    draw.text((3, image.height + 2), text or BLANK, colour, ImageFont.load_default(size))
+    draw.text((3, image.height + 2), text or "(nothing)", colour, ImageFont.load_default(size))
     draw.text((3, image.height + 29), note, (90, 90, 90), ImageFont.load_default(11))
     return np.array(sheet)
 
