@@ -217,7 +217,7 @@ class AsTheyAre:
 class Translator(Deployed):
     """Sources B L -> symbols B T, scores B, attention B T L."""
 
-    def forward(self, source: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, source: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Search, and look once more at what was found."""
         if torch.compiler.is_exporting():
             symbols, score = beam_search_at_once(self.network, source, self.network.longest)  # pyright: ignore[reportArgumentType]

@@ -63,7 +63,8 @@ def network_of(arm: str) -> Transformer | Lstm:
         return Lstm()
     network = Transformer(CONFIG, len(SPECIALS) + SYMBOLS, (LENGTH + 1, LENGTH + 2))
     if arm == "no_position":
-        network.position.rate.fill_(0.0)  # the same constant is added everywhere
+        # the same constant is added everywhere
+        network.position.rate.fill_(0.0)  # pyright: ignore[reportCallIssue]
     return network
 
 

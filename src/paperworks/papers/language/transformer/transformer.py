@@ -157,7 +157,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T d"], start: int = 0) -> Float[Tensor, "B T d"]:
         """``x`` with the encodings of the positions from ``start`` on added."""
-        angle = torch.arange(start, start + x.shape[1], device=x.device)[:, None] * self.rate
+        angle = torch.arange(start, start + x.shape[1], device=x.device)[:, None] * self.rate  # pyright: ignore[reportOperatorIssue]
         return x + torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(x.dtype)
 
 
@@ -202,7 +202,7 @@ class Transformer(nn.Module):
         causal = torch.ones(y.shape[1], y.shape[1], dtype=torch.bool, device=y.device).tril()[None, None]
         looked = memory
         for layer in self.decoder:
-            y, looked = layer(y, layer.self_attention.remember(y), causal, layer.cross_attention.remember(memory), mask)
+            y, looked = layer(y, layer.self_attention.remember(y), causal, layer.cross_attention.remember(memory), mask)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         return {"logits": F.linear(y, self.embedding.weight), "attention": looked}
 
     def begin(self, source: Int[Tensor, "B L"]) -> list[Tensor]:
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         memory, mask = self.encode(source)
         state = [mask]
         for layer in self.decoder:
-            key, value = layer.cross_attention.remember(memory)
+            key, value = layer.cross_attention.remember(memory)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             state += [key, value, key[:, :, :0], value[:, :, :0]]
         return state
 
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         out = state[:1]
         for i, layer in enumerate(self.decoder):
             memory, past = state[4 * i + 1 : 4 * i + 3], state[4 * i + 3 : 4 * i + 5]
-            past = [torch.cat(both, 2) for both in zip(past, layer.self_attention.remember(y))]
+            past = [torch.cat(both, 2) for both in zip(past, layer.self_attention.remember(y))]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             every = torch.ones(1, 1, 1, past[0].shape[2], dtype=torch.bool, device=y.device)
             y, _ = layer(y, past, every, memory, state[0])
             out += [*memory, *past]
