@@ -18,7 +18,7 @@ SETTINGS = {
     "direct": {"head": "fc"},
     "polygon": {"curve": "polygon"},
 }
-STEPS = 120
+STEPS = 100
 
 
 def run(lab: Lab, arm: str) -> dict[str, float]:
