@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from paperworks import evidence, papers
 from paperworks.errors import InputError
+from paperworks.tasks import good_enough
 
 if TYPE_CHECKING:
     from paperworks.tasks.base import Spec
@@ -26,9 +27,6 @@ QUICK_SECONDS = 1.0
 
 GOOD_SHARE = 0.8
 """... and reaches this share of what the best paper of its task reaches on the same pack."""
-
-GOOD_FROM = {"segmentation": 0.8, "classification": 0.8, "detection": 0.4, "representation": 0.7, "generation": 25.0, "restoration": 25.0}
-"""... and this value of its task's metric, from which on people would use it; tasks whose metric has no such place are not named."""
 
 
 def current_code(card: papers.Card, level: str) -> str:
@@ -108,8 +106,10 @@ def _verdict(card: papers.Card, level: int, found: dict[str, Any]) -> str:
     )
     if "value" not in usable:  # it explains what others answer
         return "deployable" if level == 4 and latency < 1000 * QUICK_SECONDS else "buildable"
-    enough = usable["value"] >= GOOD_FROM.get(card.task, -math.inf)
-    good = enough and _share_of_best(usable, _recorded(card.task, usable["pack"], evidence.results_root())) >= GOOD_SHARE
+    good = (
+        good_enough(card.task, usable["value"])
+        and _share_of_best(usable, _recorded(card.task, usable["pack"], evidence.results_root())) >= GOOD_SHARE
+    )
     return "deployable" if level == 4 and good and exported and latency < 1000 * QUICK_SECONDS else "buildable"
 
 

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from paperworks.errors import InputError
 
 if TYPE_CHECKING:
     from paperworks.tasks.contract import Task
 
+
+class Home(NamedTuple):
+    """What can be said of a task without importing it, which takes seconds."""
+
+    module: str
+    contract: str
+    good_from: float | None = None
+    """From this value of its metric on people would use a network (docs/verdicts.md); None where the metric has no such place."""
+
+
 _TASKS = {
-    "segmentation": ("paperworks.tasks.segmentation", "Segmentation"),
-    "classification": ("paperworks.tasks.classification", "Classification"),
-    "video": ("paperworks.tasks.video", "Video"),
-    "generation": ("paperworks.tasks.generation", "Generation"),
-    "detection": ("paperworks.tasks.detection", "Detection"),
-    "representation": ("paperworks.tasks.representation", "Representation"),
-    "restoration": ("paperworks.tasks.restoration", "Restoration"),
-    "recommendation": ("paperworks.tasks.recommendation", "Recommendation"),
-    "reading": ("paperworks.tasks.reading", "TextReading"),
-    "contours": ("paperworks.tasks.contours", "Contours"),
-    "captions": ("paperworks.tasks.captions", "Captions"),
-    "documents": ("paperworks.tasks.documents", "Documents"),
-    "translation": ("paperworks.tasks.translation", "Translation"),
+    "segmentation": Home("paperworks.tasks.segmentation", "Segmentation", 0.8),
+    "classification": Home("paperworks.tasks.classification", "Classification", 0.8),
+    "video": Home("paperworks.tasks.video", "Video", 0.8),
+    "generation": Home("paperworks.tasks.generation", "Generation", 25.0),
+    "detection": Home("paperworks.tasks.detection", "Detection", 0.4),
+    "representation": Home("paperworks.tasks.representation", "Representation", 0.7),
+    "restoration": Home("paperworks.tasks.restoration", "Restoration", 25.0),
+    "recommendation": Home("paperworks.tasks.recommendation", "Recommendation"),
+    "reading": Home("paperworks.tasks.reading", "TextReading", 0.8),
+    "contours": Home("paperworks.tasks.contours", "Contours", 0.8),
+    "meshes": Home("paperworks.tasks.meshes", "Meshes"),
+    "captions": Home("paperworks.tasks.captions", "Captions"),
+    "documents": Home("paperworks.tasks.documents", "Documents", 0.7),
+    "translation": Home("paperworks.tasks.translation", "Translation"),
 }
-"""Task name -> where its contract lives."""
 
 
 def task(name: str) -> type[Task]:
@@ -37,8 +47,14 @@ def task(name: str) -> type[Task]:
     """
     if name not in _TASKS:
         raise InputError(f"no task is called {name!r}; there are: {', '.join(_TASKS)}")
-    where, what = _TASKS[name]
-    return getattr(importlib.import_module(where), what)
+    home = _TASKS[name]
+    return getattr(importlib.import_module(home.module), home.contract)
+
+
+def good_enough(name: str, value: float) -> bool:
+    """Whether people would use a network that reaches this value of the task's metric; True where nobody can say."""
+    floor = _TASKS[name].good_from
+    return floor is None or value >= floor
 
 
 def guess(path: Path) -> str:
