@@ -141,8 +141,9 @@ def read_tags(page: Page, tags: Int[Tensor, "N L"], probabilities: Float[Tensor,
         if name not in found and float(best.max()) >= LIKELY:
             i = int(best.argmax())
             places = (likely[i] >= best[i] / 2).nonzero().flatten().tolist()
-            span = _span(page, name, i, places[0], places[-1], begins=True)
-            found[name] = Value(page.segments[i].text[span.start : span.end].strip(), float(best[i]), (span,))
+            span, text = _span(page, name, i, places[0], places[-1], begins=True), page.segments[i].text
+            start, end = text.rfind(" ", 0, span.start + 1) + 1, (text + " ").find(" ", span.end)  # whole words
+            found[name] = Value(text[start:end], float(best[i]), (span._replace(start=start, end=end),))
     return found
 
 
@@ -398,7 +399,7 @@ class Documents(Task):
     views = {"boxes": ("boxes", "文本框"), "fields": ("fields", "字段")}
     inputs = ("page",)
     images = ()
-    outputs = ("tags", "probabilities")
+    outputs = ()  # no export: packed sequences of unlike lengths have no place in a traced file, unrolled ones make it thousands of nodes
     together = True
     suffix = ".fields.json"
 

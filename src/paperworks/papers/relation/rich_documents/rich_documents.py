@@ -62,19 +62,9 @@ class BiLSTM(nn.Module):
 
     def forward(self, x: Float[Tensor, "M L E"], mask: Bool[Tensor, "M L"]) -> Float[Tensor, "M L D"]:
         """States of both directions; the mask is true up to each sequence's end, and states behind it are 0."""
-        lengths = mask.sum(1)
-        if not torch.compiler.is_exporting():
-            packed = pack_padded_sequence(x, lengths.clamp_min(1).cpu(), batch_first=True, enforce_sorted=False)
-            states = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])[0]
-            return states * mask[..., None]
-        # An exported file has no packed sequences. No direction may read padding before the text: forward it lies behind, and for the way
-        # back each sequence is moved to the right end.
-        places, length = torch.arange(x.shape[1], device=x.device), x.shape[1]
-        right = ((places - (length - lengths)[:, None]) % length)[..., None]
-        left = ((places + (length - lengths)[:, None]) % length)[..., None]
-        half = self.lstm.hidden_size
-        behind = self.lstm(x.gather(1, right.expand_as(x)))[0][..., half:]
-        return torch.cat([self.lstm(x)[0][..., :half], behind.gather(1, left.expand_as(behind))], -1) * mask[..., None]
+        lengths = mask.sum(1).clamp_min(1).cpu()  # what fills a page up is read as one empty token, and hidden
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])[0] * mask[..., None]
 
     @staticmethod
     def ends(states: Float[Tensor, "M L D"], mask: Bool[Tensor, "M L"]) -> Float[Tensor, "M D"]:
