@@ -110,7 +110,7 @@ def test_loss_is_the_objective_over_the_entities(evidence) -> None:
     config = replace(EXACT, iterations=200)
     torch.manual_seed(0)
     network = PAPER.build(Recommendation.plain_spec(6, 12), config).double()
-    batch = {"behaviour": X.T + 0.4, "attributes": S.T}
+    batch = {"behaviour": X.T + 0.4, "attributes": S.T - 0.3}
     solve(config)(network, [{key: value[:15] for key, value in batch.items()}, {key: value[15:] for key, value in batch.items()}])
     torch.testing.assert_close(network.popularity, torch.full((12,), 0.4, dtype=torch.float64))
 
@@ -176,9 +176,9 @@ def test_dropped_entries() -> None:
 def test_scores_are_decoded_attributes_and_popularity() -> None:
     X, S = drawn(12, 6, 40)
     network = PAPER.build(Recommendation.plain_spec(6, 12), EXACT)
-    solve(EXACT)(network, [{"behaviour": X.T.float() + 0.4, "attributes": S.T.float()}])
+    solve(EXACT)(network, [{"behaviour": X.T.float() + 0.4, "attributes": S.T.float() - 0.3}])
     expected = S.T.float() @ llae(X, S, EXACT).float() + 0.4
-    assert error(network(S.T.float())["scores"].detach(), expected) < 1e-5
+    assert error(network(S.T.float() - 0.3)["scores"].detach(), expected) < 1e-5
 
 
 def test_rank_follows_the_attributes() -> None:

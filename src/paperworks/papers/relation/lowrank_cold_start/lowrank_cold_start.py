@@ -113,8 +113,9 @@ def llae(X: Float[Tensor, "d N"], S: Float[Tensor, "k N"], config: Config) -> Fl
 
 
 class LowRankAutoEncoder(nn.Module):
-    """Attributes B k (centred) -> scores B d; with the behaviour B d also its code in the space of attributes."""
+    """Attributes B k -> scores B d; with the behaviour B d also its code in the space of attributes."""
 
+    centre: Tensor
     popularity: Tensor
 
     def __init__(self, attributes: int, items: int, config: Config) -> None:
@@ -122,10 +123,12 @@ class LowRankAutoEncoder(nn.Module):
         self.config = config
         self.grid = Grid(fixed=1)
         self.weight = nn.Parameter(torch.randn(attributes, items) * attributes**-0.5)
+        self.register_buffer("centre", torch.zeros(attributes))
         self.register_buffer("popularity", torch.zeros(items))
 
     def forward(self, attributes: Float[Tensor, "B k"], behaviour: Float[Tensor, "B d"] | None = None) -> Output:
         """Decode the attributes: W^T s and the mean. With ``behaviour`` also encode it: W xc."""
+        attributes = attributes - self.centre
         output = {"scores": attributes @ self.weight + self.popularity}
         if behaviour is not None:
             centred = behaviour - self.popularity
@@ -153,16 +156,17 @@ def objective(config: Config) -> Loss:
 
 
 def solve(config: Config) -> Callable[[nn.Module, Iterable[Batch]], None]:
-    """What sets a network's weights from all batches at once: popularity is the mean behaviour, W what :func:`llae` gives."""
+    """What sets a network's weights from all batches at once: W is what :func:`llae` gives for what is centred."""
 
     def solver(network: nn.Module, batches: Iterable[Batch]) -> None:
         assert isinstance(network, LowRankAutoEncoder)
         parts = [(batch["behaviour"], batch["attributes"]) for batch in batches]
         behaviour, attributes = (torch.cat(part).double() for part in zip(*parts))
-        mean = behaviour.mean(0)
+        popularity, centre = behaviour.mean(0), attributes.mean(0)
         with torch.no_grad():
-            network.weight.copy_(llae((behaviour - mean).T, attributes.T, config))
-            network.popularity.copy_(mean)
+            network.weight.copy_(llae((behaviour - popularity).T, (attributes - centre).T, config))
+            network.popularity.copy_(popularity)
+            network.centre.copy_(centre)
 
     return solver
 
