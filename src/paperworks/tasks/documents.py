@@ -650,9 +650,9 @@ def canvas(page: Page) -> Picture:
         image = PIL.Image.new("RGB", (max(1, round(page.width * factor)), max(1, round(page.height * factor))), "white")
         draw = ImageDraw.Draw(image)
         for left, top, right, bottom, text in page.segments:
-            font = ImageFont.load_default(max(6.0, 0.8 * factor * (bottom - top)))
-            while font.size > 6 and draw.textlength(text, font) > factor * (right - left) * 1.1:
-                font = ImageFont.load_default(0.9 * font.size)
+            size = max(6.0, 0.8 * factor * (bottom - top))
+            fits = factor * (right - left) / max(1.0, draw.textlength(text, ImageFont.load_default(size)))
+            font = ImageFont.load_default(max(6.0, size * min(1.0, fits)))
             draw.text((left * factor, top * factor), text, "black", font)
     image.thumbnail((CANVAS, CANVAS))
     return np.array(image)
