@@ -243,6 +243,7 @@ def test_scores_by_hand() -> None:
     assert each[1]["bleu"] == pytest.approx(100) and each[0]["cer"] == pytest.approx(1 / 6)
     words, _ = judged(["the cat sat on the mat ."], ["the cat sat on the mat."], by_letters=False)
     assert words["bleu"] == pytest.approx(100) and words["exact"] == 0
+    assert judged(["五", "六百"], ["五", "六百"], by_letters=True)[0]["bleu"] == pytest.approx(100)  # no four letters in a row anywhere
     empty, _ = judged(["a b c d"], [""], by_letters=False)
     assert empty["bleu"] == 0 and empty["cer"] == 1
 

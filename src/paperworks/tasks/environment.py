@@ -130,7 +130,7 @@ def peak_memory(module: nn.Module, image: Tensor, *, smallest: Tensor) -> float 
     # A fresh process: in this one, memory that was freed before would be used again and not be seen.
     child = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import resident; resident()"],
-        input=pickle.dumps((module, tuple(image.shape), tuple(smallest.shape), torch.get_num_threads())),
+        input=pickle.dumps((module, image, smallest, torch.get_num_threads())),
         capture_output=True,
     )
     if child.returncode:
@@ -139,12 +139,11 @@ def peak_memory(module: nn.Module, image: Tensor, *, smallest: Tensor) -> float 
 
 
 def resident() -> None:
-    """In the fresh process: read a module and shapes of inputs from the parent on stdin, print the MiB that a forward pass takes."""
-    module, shape, smallest, threads = pickle.load(sys.stdin.buffer)
+    """In the fresh process: read a module and its inputs from the parent on stdin, print the MiB that a forward pass takes."""
+    module, image, smallest, threads = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
-    image = torch.rand(shape)
     with torch.inference_mode():
-        module(torch.rand(smallest))
+        module(smallest)
         # Not getrusage: its high-water mark outlives exec and begins with the parent's. Writing 5 resets the process's own.
         CLEAR.write_text("5")
         before = _status("VmRSS")

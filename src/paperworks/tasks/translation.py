@@ -245,23 +245,25 @@ class TranslationScores:
         self.truth.append(sample["truth"])
         self.names.append(sample["name"])
 
-    def _bleu(self, found: Sequence[str], truth: Sequence[str], longest: int = 4) -> float:
+    def _bleu(self, found: Sequence[str], truth: Sequence[str], longest: int) -> float:
         return 100 * float(sacre_bleu_score(found, [[t] for t in truth], n_gram=longest, tokenize=self.words))  # pyright: ignore[reportArgumentType]
+
+    def _words(self) -> list[int]:
+        return [len(t.replace(" ", "") if self.words == "char" else t.split()) for t in self.truth]
 
     def compute(self) -> dict[str, float]:
         """``exact``, corpus ``bleu``, ``cer``."""
         return {
-            "bleu": self._bleu(self.found, self.truth),
+            "bleu": self._bleu(self.found, self.truth, min(max(self._words()), 4)),
             "exact": sum(f == t for f, t in zip(self.found, self.truth)) / len(self.truth),
             "cer": float(char_error_rate(self.found, self.truth)),
         }
 
     def per_item(self) -> list[dict[str, Any]]:
         """The same of each text; a text of fewer than four words is judged by runs of as many as it has."""
-        words = [len(t.replace(" ", "") if self.words == "char" else t.split()) for t in self.truth]
         return [
             {"name": n, "bleu": self._bleu([f], [t], min(k, 4)), "exact": float(f == t), "cer": float(char_error_rate(f, t))}
-            for n, f, t, k in zip(self.names, self.found, self.truth, words)
+            for n, f, t, k in zip(self.names, self.found, self.truth, self._words())
         ]
 
 
