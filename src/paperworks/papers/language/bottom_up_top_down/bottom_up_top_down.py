@@ -192,8 +192,10 @@ class Detector(FasterRCNN):
         scores = self.cls(v).softmax(1)[:, 1:].view(*valid.shape, -1)  # B P K
         v = v.view(*valid.shape, -1)
         best = torch.stack([self._confidence(p, s) for p, s in zip(proposals, scores)]).where(valid, -1.0)
-        best, index = best.topk(min(self.own.most, best.shape[1]), dim=1)
-        rank = torch.arange(best.shape[1], device=best.device)
+        order = torch.arange(best.shape[1], device=best.device)
+        # Those that are suppressed in every class are all at 0: they keep the RPN's order, wherever the network runs.
+        index = (best - 1e-7 * order).topk(min(self.own.most, best.shape[1]), dim=1).indices
+        best, rank = best.gather(1, index), order[: index.shape[1]]
         mask = ((best > self.own.confidence) | (rank < self.own.least)) & (best >= 0) | (rank == 0)
         v, boxes = (x.gather(1, index[..., None].expand(-1, -1, x.shape[2])) for x in (v, proposals))
         return v, mask, boxes
