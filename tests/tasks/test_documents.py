@@ -113,13 +113,13 @@ def test_the_surest_place_is_the_value(data):
         tags[row, :4] = torch.tensor([7, 8, 8, 8])
     sure = 0.6 * sure_of(tags)
     sure[11] *= 1.2
-    assert read_tags(page, tags, sure, NAMES)["total"].text == "12.5"
+    assert read_tags(page, tags, sure, NAMES)["total"].text == "12.50"  # no number is cut
     sure[9] *= 1.3
     value = read_tags(page, tags, sure, NAMES)["total"]
     assert value.text == "2.50" and {s.segment for s in value.spans} == {7, 9} and value.confidence == pytest.approx(0.78)
     tags[:] = 0
     tags[4, 2:4] = 2  # goes on with nothing: begins
-    assert read_tags(page, tags, sure_of(tags), NAMES)["company"].text == "PI"
+    assert read_tags(page, tags, sure_of(tags), NAMES)["company"].text == "KOPI"
     assert read_tags(page, torch.zeros_like(tags), sure_of(torch.zeros_like(tags)), NAMES) == {}
 
 

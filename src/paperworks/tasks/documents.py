@@ -148,9 +148,13 @@ def read_tags(page: Page, tags: Int[Tensor, "N L"], probabilities: Float[Tensor,
 
 
 def _span(page: Page, name: str, segment: int, first: int, last: int, *, begins: bool) -> Span:
-    """Characters of bytes; a character that is tagged in part counts where it begins."""
-    codes = page.segments[segment].text.encode()
-    start, end = (len(codes[:n].decode(errors="ignore")) for n in (first, last + 1))
+    """Characters of bytes. Letters and digits that stand together are taken together, as no mark cuts a word or a number either."""
+    text = page.segments[segment].text
+    start, end = (len(text.encode()[:n].decode(errors="ignore")) for n in (first, last + 1))
+    while 0 < start < len(text) and text[start - 1].isalnum() and text[start].isalnum():
+        start -= 1
+    while start < end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
+        end += 1
     return Span(name, segment, start, end, begins)
 
 
@@ -368,6 +372,7 @@ class Documents(Task):
     """A data set of pages whose fields are known."""
 
     name = "documents"
+    noun = ("page", "pages", "页面")
     pack = "pack:receipts"
     metric = "f1"
     metric_names = {

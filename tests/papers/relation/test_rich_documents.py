@@ -214,7 +214,7 @@ def test_uncertainty(evidence):
 
 
 def test_loss_sees_real_tokens_only():
-    net = network()
+    net = network().train()
     batch = Documents.plain_batch(net, Documents.plain_spec(classes=3))
     kept = loss(net(batch["page"]), batch)["loss"]
     batch["tags"][(batch["page"][:, BOX:].transpose(1, 2) == 0)] = 2

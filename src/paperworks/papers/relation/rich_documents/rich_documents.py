@@ -192,14 +192,14 @@ class RichDocuments(nn.Module):
         """Tag pages, whose layout ``tasks/documents.py`` describes.
 
         Returns:
-            ``logits`` B N L T, what the CRF adds its ``start``, ``transitions`` and ``end`` to; with the graph ``segments`` (B N K+1) and
-            ``log_variance`` (2); in evaluation ``tags`` (B N L), the best path.
+            ``logits`` B N L T and, with the graph, ``segments`` B N K+1. In training what the loss needs besides: ``start``, ``transitions`` and
+            ``end`` of the CRF and ``log_variance`` (2); in evaluation ``tags`` (B N L), the best path.
         """
         tokens = bytes_of(page)  # B N L
         b, n, length = tokens.shape
         mask = (tokens > 0).flatten(0, 1)
         x = self.dropout(self.embedding(tokens.flatten(0, 1)))  # BN L E
-        output: Output = {"start": self.start, "transitions": self.transitions, "end": self.end}
+        output: Output = {}
         if self.config.context == "graph":
             t = BiLSTM.ends(self.segment(x, mask), mask).view(b, n, -1)
             r, nodes = edge_features(page[:, :BOX]), tokens[..., 0] > 0
@@ -207,14 +207,15 @@ class RichDocuments(nn.Module):
                 t, r = layer(t, r, nodes)
             t = self.dropout(t)
             if self.config.multi_task:
-                output |= {"segments": self.classify(t), "log_variance": self.log_variance}
+                output["segments"] = self.classify(t)
             x = torch.cat([x, t.flatten(0, 1)[:, None].expand(-1, length, -1)], -1)
         states = self._whole_pages(x, mask, n) if self.config.context == "document" else self.tagger(x, mask)
         logits = self.emit(self.dropout(states))
         output["logits"] = logits.view(b, n, length, -1)
+        chain = {"start": self.start, "transitions": self.transitions, "end": self.end}
         if not self.training:
-            output["tags"] = viterbi(logits, mask, self.start, self.transitions, self.end).view(b, n, length)
-        return output
+            return output | {"tags": viterbi(logits, mask, **chain).view(b, n, length)}
+        return output | chain | ({"log_variance": self.log_variance} if "segments" in output else {})
 
     def _whole_pages(self, x: Float[Tensor, "M L E"], mask: Bool[Tensor, "M L"], n: int) -> Float[Tensor, "M L D"]:
         """The tagger over all tokens of a page as one sequence, without the holes at the segments' ends."""
