@@ -272,7 +272,7 @@ def test_training_samples_are_centred_and_turned_together(data):
     sample = data.training_sample(data.train[0], R, Grid(fixed=50), torch.Generator().manual_seed(2))
     assert sample["points"].shape == (3, 50) and sample["vertices"].shape == (3, 66)
     plain = data.sample(data.train[0])
-    a, b = sample["vertices"].T.double().numpy(), plain["vertices"].double().numpy()
+    a, b = data.spec.std[0] * sample["vertices"].T.double().numpy(), plain["vertices"].double().numpy()
     turn, error = Rotation.align_vectors(a - a.mean(0), b - b.mean(0))
     assert error < 1e-3 and abs(turn.as_rotvec()[2]) > 0.01 and np.abs(turn.as_rotvec()[:2]).max() < 1e-4
     assert resampled(torch.rand(5, 3), 12, torch.Generator().manual_seed(0)).unique(dim=0).shape[0] == 5

@@ -159,6 +159,7 @@ class Meshes(Task):
 
     name = "meshes"
     noun = ("case", "cases", "样例")
+    noun = ("shape", "shapes", "形状")
     pack = "pack:ventricles"
     metric = "vertex_error"
     higher_is_better = False

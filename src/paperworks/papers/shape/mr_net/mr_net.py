@@ -75,17 +75,17 @@ def occupancy(points: Float[Tensor, "B m 3"], side: int) -> Float[Tensor, "B 1 R
     """1 in cells with a point in them."""
     row, column, depth = cells(points, side).floor().long().unbind(-1)
     flat = (row * side + column) * side + depth
-    return points.new_zeros(len(points), side**3).scatter(1, flat, 1.0).view(-1, 1, side, side, side)
+    return points.new_zeros(points.shape[0], side**3).scatter(1, flat, 1.0).view(-1, 1, side, side, side)
 
 
 def mean_in_cells(points: Float[Tensor, "B m 3"], features: Float[Tensor, "B m C"], side: int) -> Float[Tensor, "B C R R R"]:
     """Mean feature of the points in each cell ("3D projection" of the paper's figure)."""
     row, column, depth = cells(points, side).floor().long().unbind(-1)
     flat = ((row * side + column) * side + depth)[:, None]  # B 1 m
-    total = features.new_zeros(len(points), features.shape[2], side**3)
+    total = features.new_zeros(points.shape[0], features.shape[2], side**3)
     total = total.scatter_add(2, flat.expand(-1, features.shape[2], -1), features.transpose(1, 2))
-    count = features.new_zeros(len(points), 1, side**3).scatter_add(2, flat, torch.ones_like(flat, dtype=features.dtype))
-    return (total / count.clamp(min=1)).view(len(points), -1, side, side, side)
+    count = features.new_zeros(points.shape[0], 1, side**3).scatter_add(2, flat, torch.ones_like(flat, dtype=features.dtype))
+    return (total / count.clamp(min=1)).view(points.shape[0], -1, side, side, side)
 
 
 def read_at(volume: Float[Tensor, "B C r r r"], vertices: Float[Tensor, "B n 3"], side: int) -> Float[Tensor, "B n C"]:
@@ -170,7 +170,7 @@ class SetAbstraction(nn.Module):
 
     def describe(self, centres: Tensor, points: Tensor, features: Tensor | None) -> Float[Tensor, "B s C"]:
         """Features of the sampled points ``centres``."""
-        batch = torch.arange(len(points), device=points.device)[:, None, None]
+        batch = torch.arange(points.shape[0], device=points.device)[:, None, None]
         index = within_radius(points, centres, self.radius, self.neighbours)
         x = points[batch, index] - centres[:, :, None]  # B s k 3
         if features is not None:
@@ -275,7 +275,7 @@ class MRNet(nn.Module):
     def forward(self, points: Float[Tensor, "B 3 N"]) -> Output:
         """``vertices`` B 3 n, those after each block (``blocks`` B 3 3 n), and the ``template`` 3 n that they began as."""
         volumes = self.volumes(points.transpose(1, 2))
-        vertices = self.template.expand(len(points), -1, -1)
+        vertices = self.template.expand(points.shape[0], -1, -1)
         carried: list[Tensor] = []
         found = []
         for block in self.blocks:
