@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from paperworks import papers
-from paperworks.data.images import read_image, unit
 from paperworks.errors import InputError
 from paperworks.files import atomic
 from paperworks.tasks import task
 from paperworks.tasks.base import Spec, grid_of, override
 from paperworks.tasks.contract import Deployed
 from paperworks.tasks.drawing import display, panel
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, read_unit
 from paperworks.train.run import Run
 
 BATCH = 64
@@ -106,8 +105,4 @@ def acquire_files(
 
 def _read(file: Path, spec: Spec, deployed: Deployed) -> Tensor:
     """The image as the network sees it, C S S in [0, 1]."""
-    try:
-        image = unit(read_image(file), spec.range, spec.channels)
-    except InputError as error:
-        raise error if str(file) in str(error) else InputError(f"{file}: {error}") from None
-    return task(spec.task).network_input(image, grid_of(deployed.network))
+    return task(spec.task).network_input(read_unit(file, spec), grid_of(deployed.network))

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from paperworks import papers
-from paperworks.data.images import read_image, unit
 from paperworks.errors import InputError
 from paperworks.files import atomic, write_json
 from paperworks.tasks import task
-from paperworks.tasks.base import Spec, grid_of, override
+from paperworks.tasks.base import grid_of, override
 from paperworks.tasks.contract import Deployed
 from paperworks.tasks.drawing import display, panel
 from paperworks.tasks.explain import Explain, heat_overlay, scaled
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, read_unit
 from paperworks.train.run import Run
 
 
@@ -82,7 +81,7 @@ def explain_files(
     found: list[dict[str, Any]] = []
     try:
         for i, (file, picture) in enumerate(jobs):
-            image = kind.network_input(_read(file, spec), grid_of(deployed.network))
+            image = kind.network_input(read_unit(file, spec), grid_of(deployed.network))
             probabilities, maps = _explained(deployed, explain, image.to(device), [spec.classes.index(c) for c in classes])
             titles = [f"{spec.classes[c]} {100 * float(probabilities[c]):.0f} %" for c in maps]
             views = [display(image), *(heat_overlay(image, heat) for heat in maps.values())]
@@ -103,14 +102,6 @@ def explain_files(
         if found:
             write_json(Path(out) / "explanations.json", found)
     return found
-
-
-def _read(file: Path, spec: Spec) -> Tensor:
-    raw = read_image(file)
-    try:
-        return unit(raw, spec.range, spec.channels)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
 
 
 def _explained(deployed: Deployed, explain: Explain, image: Tensor, classes: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:

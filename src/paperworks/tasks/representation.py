@@ -31,7 +31,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_eer, bin
 from torchvision import tv_tensors
 
 from paperworks.data.classes import ClassItem, open_classes
-from paperworks.data.images import read_image, unit
+from paperworks.data.images import unit
 from paperworks.errors import InputError
 from paperworks.files import atomic
 from paperworks.nn.resnet import ResNet
@@ -39,14 +39,14 @@ from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, gri
 from paperworks.tasks.classification import image_side, middle_square
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task
 from paperworks.tasks.drawing import Picture, display, panel
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, read_unit
 
 __all__ = ["Representation", "RepresentationScores", "image_side", "linear_probe", "nearest_vote"]
 
 BANK = 2000
 """Training images, at most, to which k-NN and the linear probe are fitted; taken at even steps."""
 PAIRED = 1000
-"""Validation images, at most, whose pairs are judged; taken at even steps."""
+"""Validation images, at most, whose pairs are judged; taken two by two at even steps."""
 NEIGHBOURS, SHARPNESS = 20, 0.1
 """Of the k-NN vote: k, and the temperature of the weights."""
 FALSE_ACCEPTS = 0.01
@@ -111,7 +111,9 @@ class RepresentationScores:
 
 def _verification(similar: Float[Tensor, "N N"], label: Int[Tensor, " N"]) -> dict[str, float]:
     """Are two images of one class? The area under the curve, the rate at which both errors are equal, and what passes at few false accepts."""
-    some = torch.linspace(0, len(label) - 1, min(PAIRED, len(label))).round().long()
+    some = torch.arange(len(label))
+    if len(label) > PAIRED:  # two neighbours each time, as without labels the only image of a class is the copy that follows
+        some = (2 * torch.linspace(0, len(label) // 2 - 1, PAIRED // 2).round().long()[:, None] + torch.arange(2)).flatten()
     i, j = (some[n] for n in torch.triu_indices(len(some), len(some), 1))
     score, same = (similar[i, j] + 1) / 2, (label[i] == label[j]).long()
     if not 0 < int(same.sum()) < len(same):
@@ -430,18 +432,18 @@ def _copy(image: Float[Tensor, "C H W"]) -> Float[Tensor, "C h w"]:
 def _embedded(model: Model, source: Path) -> tuple[list[str], list[Tensor], list[Tensor]]:
     """Names, embeddings and squares of the images in a file."""
     embed = Representation.predictor(model.forward, model.spec, model.grid)
-    if source.suffix == ".npz":
-        folder = open_classes(source, labelled=False)
-        images = {f"{source}:{item.name}": folder.image(item) for item in folder.items}
-    else:
-        images = {str(source): read_image(source)}
+    images = _array(model, source) if source.suffix == ".npz" else {str(source): read_unit(source, model.spec)}
+    squares = [middle_square(image, model.grid.fixed) for image in images.values()]
+    return list(images), [embed(square) for square in squares], squares
+
+
+def _array(model: Model, source: Path) -> dict[str, Tensor]:
+    """Names and images of an npz."""
+    folder = open_classes(source, labelled=False)
     try:
-        squares = {
-            name: middle_square(unit(image, model.spec.range, model.spec.channels), model.grid.fixed) for name, image in images.items()
-        }
+        return {f"{source}:{item.name}": unit(folder.image(item), model.spec.range, model.spec.channels) for item in folder.items}
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
-    return list(squares), [embed(square) for square in squares.values()], list(squares.values())
 
 
 def _write(path: Path, names: Sequence[str], vectors: Sequence[Tensor], _: Sequence[Tensor] = ()) -> None:
