@@ -1,6 +1,6 @@
 """Claim: a slowly moving key encoder makes features that serve k-NN, better than none and better than keys from the query encoder itself.
 
-``paperworks claim moco``: seven short trainings of the small variant on 1,500 photographs of 32 pixels, about five
+``paperworks claim moco``: six short trainings of the small variant on 1,500 photographs of 32 pixels, about five
 minutes on one core. ``momentum`` and ``no_momentum`` differ in m and in nothing else (0.99, as in the authors' CIFAR demo, and 0: the key
 encoder is the query encoder of the step). ``untrained`` is the same network after one step.
 
