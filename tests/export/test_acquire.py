@@ -58,6 +58,15 @@ def test_the_batch_is_written_in_order(run, tmp_path):
     assert acquire_files(run / "run", [run / "pool"], tmp_path / "again", size=3) == rows
 
 
+def test_pools_may_hold_files_of_one_name(run, tmp_path):
+    """Nothing is written beside the list, so that nothing can lie on another."""
+    other = tmp_path / "other" / "0_0.png"
+    other.parent.mkdir()
+    other.write_bytes((run / "pool" / "5_0.png").read_bytes())
+    rows = acquire_files(run / "run", [run / "pool" / "0_0.png", other.parent, other], tmp_path / "out", size=2)
+    assert {row["file"] for row in rows} == {str(run / "pool" / "0_0.png"), str(other)}
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -18,7 +18,7 @@ from paperworks.tasks import task
 from paperworks.tasks.base import Spec, grid_of, override
 from paperworks.tasks.contract import Deployed
 from paperworks.tasks.drawing import display, panel
-from paperworks.tasks.files import find_jobs, read_unit
+from paperworks.tasks.files import find_files, read_unit
 from paperworks.train.run import Run
 
 BATCH = 64
@@ -64,7 +64,7 @@ def acquire_files(
     except ValueError as error:
         raise InputError(f"--set: {error}") from None
     kind = task(spec.task)
-    files = [file for file, _ in find_jobs(inputs, out, kind.accepts, kind.target)]
+    files = [file for file, _ in find_files(inputs, kind.accepts)]
     if not 1 <= size <= len(files):
         raise InputError(f"{size} of {len(files)} images cannot be chosen; ask for 1 to {len(files)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,6 +16,30 @@ from paperworks.files import atomic
 from paperworks.tasks.base import Spec
 
 
+def find_files(inputs: Sequence[str | Path], accepts: Callable[[Path], bool]) -> list[tuple[Path, Path]]:
+    """Files, each once, with their paths in the folders in which they were found.
+
+    Args:
+        inputs: files, and folders that are searched.
+        accepts: whether a file of a searched folder counts.
+
+    Raises:
+        InputError: an input does not exist, or a folder holds nothing.
+    """
+    files: dict[Path, Path] = {}
+    for given in map(Path, inputs):
+        if given.is_dir() and not accepts(given):
+            found = sorted(p for p in given.rglob("*") if accepts(p) and not p.name.startswith("."))
+            if not found:
+                raise InputError(f"{given} holds no files that can be predicted; give files or a folder of them")
+            files |= {p: p.relative_to(given) for p in found}
+        elif given.exists():
+            files[given] = Path(given.name)
+        else:
+            raise InputError(f"{given} does not exist; give files or folders")
+    return list(files.items())
+
+
 def find_jobs(
     inputs: Sequence[str | Path], out: Path, accepts: Callable[[Path], bool], target: Callable[[Path], Path]
 ) -> list[tuple[Path, Path]]:
@@ -31,23 +55,13 @@ def find_jobs(
         InputError: an input does not exist, a folder holds nothing, or outputs would lie on one another or on an input.
     """
     jobs: dict[Path, Path] = {}
-    for given in map(Path, inputs):
-        if given.is_dir() and not accepts(given):
-            found = sorted(p for p in given.rglob("*") if accepts(p) and not p.name.startswith("."))
-            if not found:
-                raise InputError(f"{given} holds no files that can be predicted; give files or a folder of them")
-            relative = [(p, p.relative_to(given)) for p in found]
-        elif given.exists():
-            relative = [(given, Path(given.name))]
-        else:
-            raise InputError(f"{given} does not exist; give files or folders")
-        for source, name in relative:
-            output = out / target(name)
-            if output in jobs and jobs[output] != source:
-                raise InputError(f"{source} and {jobs[output]} would both be written to {output}; predict them into two folders")
-            if output.exists() and output.samefile(source):
-                raise InputError(f"{output} is the input itself; take another --out")
-            jobs[output] = source
+    for source, name in find_files(inputs, accepts):
+        output = out / target(name)
+        if output in jobs:
+            raise InputError(f"{source} and {jobs[output]} would both be written to {output}; predict them into two folders")
+        if output.exists() and output.samefile(source):
+            raise InputError(f"{output} is the input itself; take another --out")
+        jobs[output] = source
     return [(source, output) for output, source in jobs.items()]
 
 

@@ -39,7 +39,7 @@ from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, gri
 from paperworks.tasks.classification import image_side, middle_square
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task
 from paperworks.tasks.drawing import Picture, display, panel
-from paperworks.tasks.files import find_jobs, read_unit
+from paperworks.tasks.files import find_files, read_unit
 
 __all__ = ["Representation", "RepresentationScores", "image_side", "linear_probe", "nearest_vote"]
 
@@ -370,20 +370,20 @@ class Representation(Task):
         """
         options.refuse(cls.name, "refine", "probabilities", "window", "overlap")
         out = Path(out)
-        jobs = find_jobs(inputs, out, cls.accepts, lambda name: name.with_name(name.name + cls.suffix))
+        files = find_files(inputs, cls.accepts)
         written = [out / "embeddings.npz", out / "embeddings.csv", out / "neighbours.png"]
         if options.resume and all(path.exists() for path in written):
             return []
         names: list[str] = []
         vectors: list[Tensor] = []
         images: list[Tensor] = []
-        for i, (source, _) in enumerate(jobs):
+        for i, (source, _) in enumerate(files):
             found = _embedded(model, source)
             names += found[0]
             vectors += found[1]
             images += [F.interpolate(image[None], (64, 64), mode="area")[0] for image in found[2]]
             if progress:
-                progress(i + 1, len(jobs))
+                progress(i + 1, len(files))
         out.mkdir(parents=True, exist_ok=True)
         _write(written[0], names, vectors)
         with atomic(written[1]) as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
