@@ -71,6 +71,15 @@ def test_baselines(data: Path) -> None:
     assert set(found) == set(Classification.baseline_names)
 
 
+def test_nearest_mean_of_one_image_a_class(data: Path) -> None:
+    for image in data.glob("*/[1-8].png"):
+        image.unlink()
+    opened = Classification(data)
+    assert len(opened.train) == 2
+    p = opened.baselines()["nearest_mean"](opened.given(opened.sample(opened.train[0])))
+    assert p.argmax() == opened.train[0].label and p.sum() == 1
+
+
 def model(data: Path) -> Model:
     """Says red where there is more red than blue."""
     spec = Classification(data).spec

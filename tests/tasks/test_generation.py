@@ -255,6 +255,8 @@ def test_what_cannot_be_drawn_is_refused(runs, shapes, tmp_path):
     assert [p.name for p in written] == ["interpolation.png"]
     with pytest.raises(InputError, match="--n -1"):
         sample_files(runs["vae"], tmp_path / "c", n=-1)
+    with pytest.raises(InputError, match="draws nothing"):
+        sample_files(runs["vae"], tmp_path / "d", n=0)
 
 
 def test_pictures(data):
@@ -263,6 +265,10 @@ def test_pictures(data):
     drawn = data.drawn(sample, image)
     assert set(drawn) == set(data.views)
     assert (drawn["difference"] == 128).all(), "no difference is grey"
+    brighter = image.clone()
+    brighter[:, :5] += 0.25
+    picture = data.drawn(sample, brighter)["difference"]
+    assert (picture[5:] == 128).all() and (picture[:5] == 191).all(), "the same difference is the same grey in every picture"
     assert drawn["reconstruction"].shape == data.shown(sample)["input"].shape == (20, 20, 3)
 
 

@@ -59,6 +59,8 @@ def sample_files(
         raise InputError(f"{run} was trained for {spec.task}; only runs of {Generation.name} can draw new images")
     if n < 0 or steps < 2:
         raise InputError(f"--n {n} or {steps} steps make no pictures; take --n 0 or more and 2 steps or more")
+    if not n and interpolate is None:
+        raise InputError("--n 0 alone draws nothing; take --n 1 or more, or --interpolate A B")
     network = loaded.network()
     if n and not hasattr(network, "sample"):
         name = loaded.request.paper

@@ -221,7 +221,7 @@ class Classification(Task):
                 for k in range(len(counts))
             ]
         )
-        spread = (thumbnails - means[labels]).square().sum(1).mean()
+        spread = (thumbnails - means[labels]).square().sum(1).mean().clamp_min(1e-6)  # one image a class has none
 
         def nearest_mean(image: Tensor) -> Tensor:
             return (-8 * (self._thumbnail(image) - means).square().sum(1) / spread).softmax(0)

@@ -304,7 +304,7 @@ class Generation(Task):
     def drawn(self, sample: Sample, prediction: Tensor) -> dict[str, Picture]:
         """The reconstruction, and where it is too bright or too dark."""
         image = self.given(sample)
-        return {"reconstruction": display(prediction), "difference": display(0.5 + (prediction - image) / 2)}
+        return {"reconstruction": display(prediction), "difference": signed(prediction - image)}
 
     def legend(self) -> list[dict[str, Any]]:
         """What the greys of a difference mean."""
@@ -362,6 +362,13 @@ def principal_components(images: Float[Tensor, "N C S S"], components: int) -> P
         return (mean + directions @ code).view(image.shape).clamp(0, 1)
 
     return project
+
+
+def signed(difference: Float[Tensor, "C S S"]) -> Picture:
+    """Differences of images in [0, 1]: none is mid-grey in every picture, and half of the range or more is white or black."""
+    planes = difference.cpu().float()
+    planes = (planes if len(planes) == 3 else planes.mean(0, keepdim=True)).expand(3, -1, -1)
+    return ((0.5 + planes).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
 def save_picture(image: Float[Tensor, "C S S"], path: Path) -> None:
