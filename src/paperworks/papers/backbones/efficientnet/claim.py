@@ -2,7 +2,8 @@
 
 ``paperworks claim efficientnet``: twelve runs of 160 steps, about ten minutes on one core. The network that is scaled is ``small`` on
 photographs of 32 pixels brought down to 16; every arm spends four times its multiply-adds: deeper, wider, up to the photographs' real 32
-pixels, or all three by phi = 1.5. Factors were set by counting (channels go up in steps of eight, maps in steps of one), before any run.
+pixels, or all three by phi = 1.5. Factors were set by counting (channels go up in steps of eight, maps in steps of one:
+that is why phi = 1.5 costs four times and not 2^1.5 times), before any run.
 
 It can fail: from 16 to 32 pixels the photographs regain real detail, which the paper's 224 to 560 does not offer, and a deep network may need
 more than 160 steps.

@@ -102,7 +102,7 @@ class VAE(nn.Module):
         self.decoder = (BernoulliMLP if config.decoder == "bernoulli" else GaussianMLP)(config.latents, config.width, pixels)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.01)  # section 5: all parameters from N(0, 0.01)
+                nn.init.normal_(layer.weight, std=0.01)  # section 5: N(0, 0.01)
                 nn.init.zeros_(layer.bias)
 
     def encode(self, image: Float[Tensor, "B C S S"]) -> Float[Tensor, "B J"]:
