@@ -1,7 +1,7 @@
 """Claim: a film is denoised by learning from its noisy frames alone, five frames know more than one, and it is the blind spot that does it.
 
 ``paperworks claim udvd``: nine short trainings on one film of particles in water, to which Gaussian noise of 5 grey values was added; the
-whole film has a contrast of 47. ``five`` and ``one`` differ in the frames that the network is given, ``five`` and ``seeing`` in the blind
+film has grey values from 95 to 140. ``five`` and ``one`` differ in the frames that the network is given, ``five`` and ``seeing`` in the blind
 spot and in nothing else: the same layers, the same loss, the same noisy targets. What a network without a blind spot can learn from them is
 to copy, and then its PSNR is that of ``noisy``. Stopped early it may not have got there, so the rule can fail on either side.
 
