@@ -301,3 +301,22 @@ def test_images_are_refused_where_a_paper_takes_volumes_only(blobs: Path, tmp_pa
     with pytest.raises(InputError, match=f"{name} takes volumes, and .* holds images"):
         fit(name, blobs, tmp_path / "run", variant="test", steps=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_every_parameter_has_its_rate() -> None:
+    """Heads by ``head_parameters``, others by the beginning of their names; vectors are not decayed."""
+
+    class Parts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.warp, self.body, self.head = (torch.nn.Linear(2, 2) for _ in range(3))
+
+        def head_parameters(self) -> list[torch.nn.Parameter]:
+            return list(self.head.parameters())
+
+    network = Parts()
+    optimizer = engine.build_optimizer(network, Recipe(weight_decay=0.1, head_lr=10.0, rates={"warp": 0.1}))
+    found = {id(p): (group["factor"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    for part, factor in (("warp", 0.1), ("body", 1.0), ("head", 10.0)):
+        layer = getattr(network, part)
+        assert found[id(layer.weight)] == (factor, 0.1) and found[id(layer.bias)] == (factor, 0.0)

@@ -242,7 +242,7 @@ def train(
         return
     metrics_table(run.record["metrics"])
     print(f"model    {run.folder / 'model.safetensors'}\npictures {run.folder / 'pictures' / 'final.png'}")
-    print(f"predict  paperworks predict {run.folder} IMAGES --out DIR")
+    print(f"predict  paperworks predict {run.folder} {opened.noun[1].upper()} --out DIR")
 
 
 @app.command()

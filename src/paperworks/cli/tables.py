@@ -83,7 +83,7 @@ def compare_table(result: Mapping[str, Any], out: Path) -> None:
         row = next(r for r in result["rows"] if r["id"] == recommended["id"])
         console.print(f"\nRecommended: {recommended['reason']['en']}", markup=False)
         console.print(f"model   {out / row['model']}", markup=False)
-        console.print(f"predict paperworks predict {out / row['run']} IMAGES --out DIR", markup=False)
+        console.print(f"predict paperworks predict {out / row['run']} {result['noun'][1].upper()} --out DIR", markup=False)
     else:
         console.print("\nNo paper beat the baselines; see the report for why.")
     console.print(f"report  {out / 'report.html'}", markup=False)

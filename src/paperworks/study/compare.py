@@ -128,6 +128,7 @@ def compare(
         "hardware": hardware(),
         "versions": {"paperworks": __version__, **versions()},
         "data": opened.describe(),
+        "noun": list(opened.noun),
         "metric": opened.metric,
         "higher_is_better": opened.higher_is_better,
         "metric_names": {key: list(names) for key, names in opened.metric_names.items()},
@@ -316,9 +317,9 @@ def _curves(path: Path, metric: str) -> dict[str, list[float]]:
 
 
 def recommend(result: dict[str, Any]) -> dict[str, Any] | None:
-    """The cheapest of the papers that are as good as the best as far as the validation images can tell.
+    """The cheapest of the papers that are as good as the best as far as the validation items can tell.
 
-    As good: the mean of the paired differences per image is within two standard errors of zero. Cheapest: lowest p50 latency at batch 1
+    As good: the mean of the paired differences per item is within two standard errors of zero. Cheapest: lowest p50 latency at batch 1
     of the quickest form, or fewest parameters where latency was not measured. No paper that a baseline beats is recommended.
     """
     metric = result["metric"]
@@ -337,19 +338,20 @@ def recommend(result: dict[str, Any]) -> dict[str, Any] | None:
     equal = [r for r in usable if r is best or _as_good(r, best, metric, sign)]
     chosen = min(equal, key=_latency)
     value, top = chosen["metrics"][metric], best["metrics"][metric]
-    cost_en, cost_zh = _cost_words(chosen)
+    noun = result["noun"]
+    cost_en, cost_zh = _cost_words(chosen, noun)
     name_en, name_zh = result.get("metric_names", {}).get(metric, [metric, metric])[:2]
     word_en, word_zh = ("highest", "最高") if result["higher_is_better"] else ("lowest", "最低")
     if chosen is best and len(equal) == 1:
-        en = f"{chosen['name']} has the {word_en} {name_en}, {value:.3f}; the difference to the next is larger than two standard errors over the validation images. {cost_en}"
-        zh = f"{chosen['name']} 的{name_zh}{word_zh}（{value:.3f}），与次优者的差距超过验证图像上的两个标准误。{cost_zh}"
+        en = f"{chosen['name']} has the {word_en} {name_en}, {value:.3f}; the difference to the next is larger than two standard errors over the validation {noun[1]}. {cost_en}"
+        zh = f"{chosen['name']} 的{name_zh}{word_zh}（{value:.3f}），与次优者的差距超过验证{noun[2]}上的两个标准误。{cost_zh}"
     elif chosen is best:
         others = "、".join(r["name"] for r in equal if r is not chosen)
-        en = f"{chosen['name']} has the {word_en} {name_en}, {value:.3f}, and is the fastest of those that the validation images cannot tell apart from it ({others.replace('、', ', ')}). {cost_en}"
-        zh = f"{chosen['name']} 的{name_zh}{word_zh}（{value:.3f}），并且在验证图像无法区分优劣的方法（{others}）中速度最快。{cost_zh}"
+        en = f"{chosen['name']} has the {word_en} {name_en}, {value:.3f}, and is the fastest of those that the validation {noun[1]} cannot tell apart from it ({others.replace('、', ', ')}). {cost_en}"
+        zh = f"{chosen['name']} 的{name_zh}{word_zh}（{value:.3f}），并且在验证{noun[2]}无法区分优劣的方法（{others}）中速度最快。{cost_zh}"
     else:
-        en = f"{chosen['name']} has {name_en} {value:.3f}; {best['name']} has {top:.3f}, which the validation images cannot tell apart (two standard errors), and costs more. {cost_en}"
-        zh = f"{chosen['name']} 的{name_zh}为 {value:.3f}；{best['name']} 为 {top:.3f}，两者之差在验证图像的两个标准误之内，但后者代价更高。{cost_zh}"
+        en = f"{chosen['name']} has {name_en} {value:.3f}; {best['name']} has {top:.3f}, which the validation {noun[1]} cannot tell apart (two standard errors), and costs more. {cost_en}"
+        zh = f"{chosen['name']} 的{name_zh}为 {value:.3f}；{best['name']} 为 {top:.3f}，两者之差在验证{noun[2]}的两个标准误之内，但后者代价更高。{cost_zh}"
     return {"id": chosen["id"], "reason": {"en": en, "zh": zh}}
 
 
@@ -366,13 +368,16 @@ def _latency(row: dict[str, Any]) -> float:
     return min(times) if times else float(row["cost"]["params"])
 
 
-def _cost_words(row: dict[str, Any]) -> tuple[str, str]:
+def _cost_words(row: dict[str, Any], noun: list[str]) -> tuple[str, str]:
     cost = row["cost"]
     millions = cost["params"] / 1e6
     if not cost.get("latency_ms"):
         return f"It has {millions:.2f} M parameters.", f"参数量 {millions:.2f} M。"
     ms = _latency(row)
-    return f"It has {millions:.2f} M parameters and takes {ms:.1f} ms an image.", f"参数量 {millions:.2f} M，每张图像 {ms:.1f} 毫秒。"
+    return (
+        f"It has {millions:.2f} M parameters and takes {ms:.1f} ms per {noun[0]}.",
+        f"参数量 {millions:.2f} M，每份{noun[2]} {ms:.1f} 毫秒。",
+    )
 
 
 def _pictures(result: dict[str, Any], data: Task, out: Path) -> list[dict[str, Any]]:

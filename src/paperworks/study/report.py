@@ -27,7 +27,7 @@ from paperworks.files import atomic
 from paperworks.study.charts import Arm, Curve, Point, arms_chart, curve_chart, dashes, front, front_chart
 from paperworks.study.words import attribute, both, decimal, duration, number, si, three
 
-IMAGES = 200
+ITEMS = 200
 """Rows of the table of images."""
 SIDE = 640
 """Longest side in pixels of an embedded picture."""
@@ -206,7 +206,7 @@ class Method:
 
     @property
     def quickest(self) -> tuple[float | None, str]:
-        """Milliseconds for one image in the quickest form, and that form's name."""
+        """Milliseconds for one item in the quickest form, and that form's name."""
         times = [(x, mode) for mode in self.cost.get("latency_ms") or {} if (x := self.latency(mode)) is not None]
         return min(times, default=(None, ""))
 
@@ -223,7 +223,7 @@ def _compare(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     done = [m for m in methods if not m.failed]
     modes = list(dict.fromkeys(mode for m in done for mode in m.cost.get("latency_ms") or {}))
     names = Names(result.get("metric_names") or {})
-    name = names(metric)
+    name, noun = names(metric), result.get("noun") or ("image", "images", "图像")
     use = next((m for m in done if m.recommended), None)
     seeds = max((len(m.raw.get("seeds") or [0]) for m in done), default=1)
     views = {key: tuple(words) for key, words in (result.get("views") or {}).items()}
@@ -233,23 +233,24 @@ def _compare(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "metric": name,
         "methods": methods,
         "use": use,
-        "commands": _commands(use),
+        "commands": _commands(use, noun),
+        "noun": noun,
         "seeds": seeds,
-        "main": _main_table(methods, metric, better, names),
+        "main": _main_table(methods, metric, better, names, noun),
         "fronts": _fronts(done, name, better),
         "curves": _curves(done, name),
         "pictures": pictures,
         "views": {v: words for v, words in views.items() if any(view["pictures"].get(v) for p in pictures for view in p["views"])},
         "legend": legend,
         "classes": _class_tables(done, metric, better, result, names),
-        "images": _image_table(done, metric, better, names),
+        "items": _item_table(done, metric, better, names, noun),
         "costs": _cost_table(done, modes),
         "shares": [(name, _percent(share)) for name, share in _shares(result).items()],
         "used_metrics": [k for k in names.known if k == metric or any(k in m.metrics for m in done)],
     }
 
 
-def _main_table(methods: list[Method], metric: str, better: int, names: Names) -> Table:
+def _main_table(methods: list[Method], metric: str, better: int, names: Names, noun: Sequence[str]) -> Table:
     ok = [m if not m.failed else Method({}, metric) for m in methods]
     keys = [metric, *dict.fromkeys(k for m in ok for k in m.metrics if "/" not in k and k != metric)]
     columns = []
@@ -271,8 +272,8 @@ def _main_table(methods: list[Method], metric: str, better: int, names: Names) -
         Column(both("Training", "训练用时"), _sizes((m.cost.get("train_seconds") for m in ok), duration)),
     ]
     caption = both(
-        "All methods on the validation images, best first. A frame marks the best value of a column; select a column's head to sort.",
-        "各方法在验证图像上的结果，从好到差排列。带框者为该列最佳；点击表头可排序。",
+        f"All methods on the validation {noun[1]}, best first. A frame marks the best value of a column; select a column's head to sort.",
+        f"各方法在验证{noun[2]}上的结果，从好到差排列。带框者为该列最佳；点击表头可排序。",
     )
     return Table(caption, both("Method", "方法"), methods, columns, sorted_by=0)
 
@@ -282,12 +283,12 @@ def _whole(value: Any) -> str:
     return "–" if x is None else f"{x:,.0f}"
 
 
-def _commands(use: Method | None) -> list[tuple[Markup, str]]:
+def _commands(use: Method | None, noun: Sequence[str]) -> list[tuple[Markup, str]]:
     if use is None or not use.raw.get("run"):
         return []
     run = shlex.quote(str(use.raw["run"]))
     return [
-        (both("Use it on new images", "用于新图像"), f"paperworks predict {run} IMAGES --out predictions"),
+        (both(f"Use it on new {noun[1]}", f"用于新的{noun[2]}"), f"paperworks predict {run} {noun[1].upper()} --out predictions"),
         (both("Take it elsewhere (ONNX, checked)", "导出 ONNX（附一致性检查）"), f"paperworks export {run} --out model.onnx"),
     ]
 
@@ -322,8 +323,8 @@ def _class_tables(done: list[Method], metric: str, better: int, result: Mapping[
     return [table for table in tables if table]
 
 
-def _image_table(done: list[Method], metric: str, better: int, metric_names: Names) -> dict[str, Any] | None:
-    """The images that the papers find hardest first, since those are the ones that a person looks for."""
+def _item_table(done: list[Method], metric: str, better: int, metric_names: Names, noun: Sequence[str]) -> dict[str, Any] | None:
+    """The items that the papers find hardest first, since those are the ones that a person looks for."""
     values: dict[str, dict[str, float | None]] = {}
     shown = [m for m in done if m.raw.get("per_item")]
     for m in shown:
@@ -338,10 +339,10 @@ def _image_table(done: list[Method], metric: str, better: int, metric_names: Nam
     names = sorted(values, key=mean)
     if not names:
         return None
-    columns = [Column(both(m.name), _decimals(values[n].get(m.id) for n in names[:IMAGES])) for m in shown]
+    columns = [Column(both(m.name), _decimals(values[n].get(m.id) for n in names[:ITEMS])) for m in shown]
     label = metric_names(metric)
-    caption = both(f"{label[0]} of each image, hardest first", f"每张图像的{label[1]}，由难到易")
-    return {"table": Table(caption, both("Image", "图像"), names[:IMAGES], columns), "total": len(names)}
+    caption = both(f"{label[0]} of each {noun[0]}, hardest first", f"每份{noun[2]}的{label[1]}，由难到易")
+    return {"table": Table(caption, both(noun[0].capitalize(), noun[2]), names[:ITEMS], columns), "total": len(names)}
 
 
 def _cost_table(done: list[Method], modes: list[str]) -> Table:

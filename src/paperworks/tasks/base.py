@@ -141,6 +141,8 @@ class Recipe:
     """Shares of the steps after which schedule ``step`` divides the learning rate by ten."""
     head_lr: float = 1.0
     """Factor on the learning rate of the parameters that the network lists in ``head_parameters()``."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Factor on the learning rate of the other parameters, by the beginning of their names."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,7 @@ class Contours(Task):
     """A data set of masks seen as one of outlines."""
 
     name = "contours"
+    noun = ("object", "objects", "目标")
     pack = "pack:nuclei"
     metric = "iou"
     metric_names = {

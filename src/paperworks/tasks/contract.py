@@ -142,6 +142,8 @@ class Task(ABC):
     name: ClassVar[str]
     pack: ClassVar[str]
     """The data on which the task's papers show that they are usable."""
+    noun: ClassVar[tuple[str, str, str]] = ("image", "images", "图像")
+    """What an item is: one, many, Chinese."""
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     metric_names: ClassVar[Mapping[str, tuple[str, str, int]]]

@@ -195,6 +195,7 @@ class TextReading(Task):
     """Crops or pages with their texts, seen as a reading task."""
 
     name = "reading"
+    noun = ("word", "words", "词图")
     pack = "pack:receipt_amounts"
     metric = "accuracy"
     metric_names = {

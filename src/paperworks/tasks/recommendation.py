@@ -121,6 +121,7 @@ class Recommendation(Task):
     """A folder of tables, seen as entities to recommend to."""
 
     name = "recommendation"
+    noun = ("entity", "entities", "对象")
     pack = "pack:movielens"
     metric = "map"
     metric_names = {

@@ -132,6 +132,7 @@ class Restoration(Task):
     """A data set of films."""
 
     name = "restoration"
+    noun = ("frame", "frames", "帧")
     pack = "pack:particles_bulk_water"
     metric = "psnr"
     metric_names: ClassVar = {

@@ -271,6 +271,7 @@ class Translation(Task):
     """Pairs of texts, seen as examples of how to translate."""
 
     name = "translation"
+    noun = ("text", "texts", "文本")
     pack = "pack:numbers_en_zh"
     metric = "bleu"
     metric_names = {

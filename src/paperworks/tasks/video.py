@@ -152,6 +152,7 @@ class Video(Classification):
     """A data set of films with a class each."""
 
     name = "video"
+    noun = ("film", "films", "视频")
     pack = "pack:moving_digits"
     metric_names: ClassVar = {**Classification.metric_names, "clip_top1": ("Accuracy of single clips", "单个片段准确率", 1)}
     explained: ClassVar = {

@@ -257,13 +257,14 @@ def schedule(recipe: Recipe, step: int, steps: int) -> float:
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser; biases, norms and other vectors are not decayed, head parameters have their own rate."""
     head = {id(p) for p in network.head_parameters()} if hasattr(network, "head_parameters") else set()  # type: ignore[operator]
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for p in network.parameters():
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in network.named_parameters():
         if p.requires_grad:
-            groups.setdefault((id(p) in head, p.ndim > 1), []).append(p)
+            factor = next((f for start, f in recipe.rates.items() if name.startswith(start)), 1.0)
+            groups.setdefault((recipe.head_lr if id(p) in head else factor, p.ndim > 1), []).append(p)
     params = [
-        {"params": ps, "factor": recipe.head_lr if in_head else 1.0, "weight_decay": recipe.weight_decay if decayed else 0.0}
-        for (in_head, decayed), ps in groups.items()
+        {"params": ps, "factor": factor, "weight_decay": recipe.weight_decay if decayed else 0.0}
+        for (factor, decayed), ps in groups.items()
     ]
     match recipe.optimizer:
         case "sgd":
