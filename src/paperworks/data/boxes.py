@@ -140,6 +140,7 @@ class Boxes(Collection[BoxItem]):
 
 
 def decoded(item: Item, once: Memory) -> Shaped[np.ndarray, "H W C"]:
+    """The item's image in the file's own type and range, read once."""
     return once(item.name, lambda: read_image(item.images[0]))
 
 

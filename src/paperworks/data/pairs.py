@@ -149,9 +149,9 @@ def _rows(path: Path) -> tuple[list[Pair], list[Problem], str]:
     if not rows:
         raise InputError(f"{path} is empty; write one pair to a row, with the columns source and target")
     rows = [(number, {str(key).strip().lower(): value for key, value in row.items()}) for number, row in rows]
-    columns = {side: next((c for c in rows[0][1] if c in names), None) for side, names in COLUMNS.items()}
+    columns = {side: next((c for c in rows[0][1] if c in names), "") for side, names in COLUMNS.items()}
     for side, column in columns.items():
-        if column is None:
+        if not column:
             raise InputError(f"{path} has no column {side}; write source and target (and split, if you like) into its first line")
     pairs, problems = [], []
     for number, row in rows:

@@ -33,9 +33,9 @@ _TASKS = {
     "reading": Home("paperworks.tasks.reading", "TextReading", 0.8),
     "contours": Home("paperworks.tasks.contours", "Contours", 0.8),
     "meshes": Home("paperworks.tasks.meshes", "Meshes"),
-    "captions": Home("paperworks.tasks.captions", "Captions"),
+    "captions": Home("paperworks.tasks.captions", "Captions", 5.0),
     "documents": Home("paperworks.tasks.documents", "Documents", 0.7),
-    "translation": Home("paperworks.tasks.translation", "Translation"),
+    "translation": Home("paperworks.tasks.translation", "Translation", 30.0),
 }
 
 

@@ -24,7 +24,7 @@ import PIL.ImageDraw
 import torch
 from jaxtyping import Float
 from scipy import sparse
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor, nn
 
 from paperworks.data.meshes import (
@@ -118,10 +118,10 @@ class MeshScores:
     def update(self, prediction: Float[Tensor, "n 3"], sample: Sample) -> None:
         """Count one shape."""
         found, truth = prediction.detach().cpu().double().numpy(), sample["vertices"].double().numpy()
-        apart = (cKDTree(truth).query(found)[0], cKDTree(found).query(truth)[0])
+        apart = (KDTree(truth).query(found)[0], KDTree(found).query(truth)[0])
         ours, theirs = Mesh(found, self.faces), Mesh(truth, self.faces)
         one, other = surface(ours), surface(theirs)
-        between = (cKDTree(other).query(one)[0], cKDTree(one).query(other)[0])
+        between = (KDTree(other).query(one)[0], KDTree(one).query(other)[0])
         self.rows.append(
             {
                 "name": sample["name"],
@@ -397,7 +397,7 @@ class Meshes(Task):
             )
         vertices = cls.predictor(model.forward, model.spec, model.grid)(points)
         mesh = Mesh(vertices.numpy(), np.array(model.spec.more["faces"]))
-        fit = cKDTree(surface(mesh)).query(points.numpy())[0]
+        fit = KDTree(surface(mesh)).query(points.numpy())[0]
         write_mesh(target, mesh)
         write_json(
             target.with_suffix(".json"),
@@ -475,13 +475,13 @@ def affine_fit(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Iterative closest points with an affine map of the mean shape, held near the identity by ``hold`` times the number of points."""
     covering = _covering(len(mean), faces) @ mean
-    inertia = np.diag([*covering.var(0), 1.0])
+    inertia = np.diag(np.append(covering.var(0), 1.0))
     still = np.eye(4)[:, :3]
 
     def fit(points: np.ndarray) -> np.ndarray:
         turn = still
         for _ in range(rounds):
-            nearest = cKDTree(covering @ turn[:3] + turn[3]).query(points)[1]
+            nearest = KDTree(covering @ turn[:3] + turn[3]).query(points)[1]
             source = np.c_[covering[nearest], np.ones(len(points))]
             weight = hold * len(points) * inertia
             turn = np.linalg.solve(source.T @ source + weight, source.T @ points + weight @ still)
@@ -511,7 +511,7 @@ def shape_model(
     def fit(points: np.ndarray) -> np.ndarray:
         b, centre = np.zeros(modes), covering @ mean
         for _ in range(rounds):
-            nearest = cKDTree(centre + np.tensordot(b, covered, 1)).query(points)[1]
+            nearest = KDTree(centre + np.tensordot(b, covered, 1)).query(points)[1]
             design = covered[:, nearest].reshape(modes, -1)
             b = np.linalg.solve(design @ design.T + noise**2 * np.diag(1 / variance), design @ (points - centre[nearest]).ravel())
         return mean + np.tensordot(b, basis, 1)

@@ -1,10 +1,14 @@
 """Claim: straightening the text helps to read bent words, and the control points find its edges though nobody labels them.
 
-``paperworks claim aster``: six runs of 1000 steps on amounts of receipts that are bent and tilted by warps of chance, equal in both arms and in each
+``paperworks claim aster``: six runs of 1400 steps on amounts of receipts that are bent and tilted by warps of chance, equal in both arms and in each
 of their seeds. The arms differ in the rectification and in nothing else. They are judged on the validation crops, each bent by a
 warp that its name decides. ``edge_rms`` is the distance of the control points from the true edges of the bent text, in heights of the
 picture; without rectification it is that of the two lines that the points start from. The control can win: the encoder sees bent words
 in training as well, and has less to learn.
+
+A first run with stronger bends (arc 0.6, tilt 0.4), 1000 steps and one learning rate for all did not hold: neither arm learned to read, and
+both said the commonest text. Bends, size, steps and the rectifier's rate were chosen after it with seed 9 alone, which is none of those that
+count; the rule is the same.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from paperworks.tasks.claim import Claim, Lab, Results
 from paperworks.tasks.reading import decoded, edges, places, sampled, stretched
 
 ARMS = {"rectified": True, "plain": False}
-ARC, TILT = 0.6, 0.4
+ARC, TILT = 0.35, 0.15
 """Largest arc and tilt, in shares of the picture's height."""
 
 
@@ -43,7 +47,7 @@ def distance(points: Tensor, arc: float, tilt: float) -> float:
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one arm on bent words; read the bent and the straight validation crops."""
     settings = {"rectify": ARMS[arm], "augment.arc": ARC, "augment.tilt": TILT}
-    trained = lab.fit(variant="small", steps=1000, **settings)
+    trained = lab.fit(variant="small", steps=1400, size=(24, 64), straight=(16, 64), **settings)
     reader, alphabet = lab.data.deploy(trained.network, lab.data.spec).eval(), lab.data.spec.classes
     size = reader.grid.sides((1, 1))
     warps = [warp(sample["name"]) for sample in lab.validation]
