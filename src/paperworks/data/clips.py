@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 
 from paperworks.data import splits
 from paperworks.data.classes import ClassItem
+from paperworks.data.collection import Collection
 from paperworks.data.films import VIDEO_SUFFIXES, Film, frames_in, is_film, numbered, open_film
 from paperworks.data.fingerprint import (
     Fingerprint,
@@ -84,22 +85,11 @@ def open_clip(path: Path) -> Film:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipFolder:
-    """A data set of films on the disk; what could not be used is in ``problems``."""
+class ClipFolder(Collection[ClassItem]):
+    """Films with a class each; the fingerprint's sizes are frames, height and width."""
 
-    source: str
-    root: Path
-    layout: str
-    items: tuple[ClassItem, ...] = field(repr=False)
     classes: tuple[str, ...]
-    problems: tuple[Problem, ...] = field(repr=False)
-    fingerprint: Fingerprint
-    """Its sizes are frames, height and width."""
     _kept: dict[str, Film] = field(repr=False, compare=False, default_factory=dict)
-
-    def split(self, name: str) -> tuple[ClassItem, ...]:
-        """Items of ``train``, ``val`` or ``test``."""
-        return tuple(i for i in self.items if i.split == name)
 
     def film(self, item: ClassItem) -> Film:
         """Open a film, or recall it; those that fit into ``MEMORY`` together stay decoded."""
@@ -113,27 +103,18 @@ class ClipFolder:
 
     def describe(self) -> dict[str, Any]:
         """Everything that a person wants to know before training, as plain values for JSON."""
-        print_ = self.fingerprint
-        counts = Counter(i.label for i in self.items)
-        return {
-            "source": self.source,
-            "root": str(self.root),
-            "layout": self.layout,
-            "items": len(self.items),
-            "labelled": len(self.items),
-            "splits": {s: len(self.split(s)) for s in ("train", "val", "test")},
-            "channels": print_.channels,
-            "dtype": print_.dtype,
-            "frames": {"min": print_.min_size[0], "median": print_.median_size[0], "max": print_.max_size[0]},
-            "sizes": {"min": list(print_.min_size[1:]), "median": list(print_.median_size[1:]), "max": list(print_.max_size[1:])},
-            "mean": [round(m, 6) for m in print_.mean],
-            "std": [round(s, 6) for s in print_.std],
-            "classes": [
+        counts, (low, middle, high) = Counter(i.label for i in self.items), self._sizes()
+        return self.facts(
+            labelled=len(self.items),
+            frames={"min": low[0], "median": middle[0], "max": high[0]},
+            sizes={"min": low[1:], "median": middle[1:], "max": high[1:]},
+            classes=[
                 {"name": name, "share": round(counts[i] / len(self.items), 6), "films": counts[i]} for i, name in enumerate(self.classes)
             ],
-            "sha256": print_.sha256,
-            "problems": [{"path": str(p.path), "what": p.what, "fix": p.fix} for p in self.problems],
-        }
+        )
+
+    def _sizes(self) -> tuple[list[int], list[int], list[int]]:
+        return list(self.fingerprint.min_size), list(self.fingerprint.median_size), list(self.fingerprint.max_size)
 
 
 def _bytes(film: Film) -> int:

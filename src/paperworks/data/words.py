@@ -23,16 +23,16 @@ from jaxtyping import Shaped
 from scipy import ndimage
 
 from paperworks.data import splits
+from paperworks.data.collection import Collection, Memory
 from paperworks.data.fingerprint import Fingerprint, Scan, cache_key, load_cache, run, samples_per_image, save_cache, scan_image, summarise
-from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image, unit
+from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image
 from paperworks.data.labels import read_json
 from paperworks.data.layouts import SPLITS, Item, Problem
 from paperworks.data.packs import source_path
 from paperworks.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+    pass
 
 FILE_COLUMNS = ("file", "filename", "image", "path", "name")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "word", "words")
@@ -60,20 +60,10 @@ class WordItem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordFolder:
-    """A data set on the disk; what could not be used is in ``problems``."""
+class WordFolder(Collection[WordItem]):
+    """Crops with what they say."""
 
-    source: str
-    root: Path
-    layout: str
-    items: tuple[WordItem, ...] = field(repr=False)
-    problems: tuple[Problem, ...] = field(repr=False)
-    fingerprint: Fingerprint
-    _kept: dict[Path, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-
-    def split(self, name: str) -> tuple[WordItem, ...]:
-        """Items of ``train``, ``val`` or ``test``."""
-        return tuple(i for i in self.items if i.split == name)
+    _once: Memory = field(repr=False, compare=False)
 
     @property
     def alphabet(self) -> tuple[str, ...]:
@@ -82,41 +72,18 @@ class WordFolder:
 
     def image(self, item: WordItem) -> Shaped[np.ndarray, "H W C"]:
         """The crop in the file's own type and range."""
-        if item.path not in self._kept:
-            image = read_image(item.path)
-            if sum(a.nbytes for a in self._kept.values()) + image.nbytes > MEMORY:
-                return image if item.quad is None else crop(image, item.quad)
-            self._kept[item.path] = image
-        image = self._kept[item.path]
+        image = self._once(item.path, lambda: read_image(item.path))
         return image if item.quad is None else crop(image, item.quad)
-
-    def unit(self, array: Shaped[np.ndarray, "H W C"]) -> Float[Tensor, "C H W"]:
-        """An image of this data set as float32 in [0, 1], with the channels that the whole set has."""
-        return unit(array, self.fingerprint.range, self.fingerprint.channels)
 
     def describe(self) -> dict[str, Any]:
         """Everything that a person wants to know before training, as plain values for JSON; the classes are the characters."""
-        print_ = self.fingerprint
         counts, within = Counter("".join(i.text for i in self.items)), Counter(c for i in self.items for c in set(i.text))
         lengths = sorted(len(i.text) for i in self.items)
-        return {
-            "source": self.source,
-            "root": str(self.root),
-            "layout": self.layout,
-            "items": len(self.items),
-            "splits": {s: len(self.split(s)) for s in ("train", "val", "test")},
-            "channels": print_.channels,
-            "dtype": print_.dtype,
-            "bit_depth": print_.bit_depth,
-            "sizes": {"min": list(print_.min_size), "median": list(print_.median_size), "max": list(print_.max_size)},
-            "mean": [round(m, 6) for m in print_.mean],
-            "std": [round(s, 6) for s in print_.std],
-            "classes": [{"name": c, "share": round(counts[c] / counts.total(), 6), "images": within[c]} for c in sorted(counts)],
-            "lengths": {"min": lengths[0], "median": lengths[len(lengths) // 2], "max": lengths[-1]},
-            "texts": len({i.text for i in self.items}),
-            "sha256": print_.sha256,
-            "problems": [{"path": str(p.path), "what": p.what, "fix": p.fix} for p in self.problems],
-        }
+        return self.facts(
+            classes=[{"name": c, "share": round(counts[c] / counts.total(), 6), "images": within[c]} for c in sorted(counts)],
+            lengths={"min": lengths[0], "median": lengths[len(lengths) // 2], "max": lengths[-1]},
+            texts=len({i.text for i in self.items}),
+        )
 
 
 def looks_like_words(path: Path) -> bool:
@@ -166,6 +133,7 @@ def open_words(source: str | Path, *, progress: Callable[[int, int], None] | Non
         items=tuple(items),
         problems=tuple(problems),
         fingerprint=print_,
+        _once=Memory(MEMORY),
     )
 
 

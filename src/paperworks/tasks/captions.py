@@ -36,14 +36,13 @@ from torchvision.tv_tensors import Image
 
 from paperworks.data.boxes import as_boxes
 from paperworks.data.captions import CaptionItem, looks_like_captions, open_captions
-from paperworks.data.images import read_image, unit
 from paperworks.errors import InputError
 from paperworks.files import atomic, write_json
-from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of
+from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of, spec_of
 from paperworks.tasks.consensus import Corpus
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task, mean_of
 from paperworks.tasks.drawing import Picture, display
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, read_unit
 
 END, UNKNOWN = 0, 1
 """Words of every vocabulary: the end of a sentence, which also begins it, and all words that are too rare."""
@@ -194,17 +193,8 @@ class Captions(Task):
             raise InputError(f"{self.source}: the captions hold no words; write sentences into the column caption")
         self.corpus = Corpus(said, name=self.sha256)
         self._index = {word: i for i, word in enumerate(words)}
-        print_ = self.data.fingerprint
-        self.spec = Spec(
-            task=self.name,
-            channels=print_.channels,
-            classes=self.data.classes,
-            size=tuple(print_.median_size),
-            mean=tuple(print_.mean),
-            std=tuple(max(s, 1e-4) for s in print_.std),
-            range=(float(print_.range[0]), float(print_.range[1])),
-            more={"words": words, "attributes": self.data.attributes, "length": min(max(map(len, everything)), LONGEST) + 1},
-        )
+        more = {"words": words, "attributes": self.data.attributes, "length": min(max(map(len, everything)), LONGEST) + 1}
+        self.spec = spec_of(self.name, self.data.fingerprint, self.data.classes, more=more)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -462,10 +452,7 @@ def plain(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(model: Model, source: Path) -> tuple[Tensor, dict[str, Any]]:
-    try:
-        image = unit(read_image(source), model.spec.range, model.spec.channels)
-    except InputError as error:
-        raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
+    image = read_unit(source, model.spec)
     return image, Captions.predictor(model.forward, model.spec, model.grid)(image)
 
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import tv_tensors
 
-from paperworks.data.images import read_image, unit
 from paperworks.data.outlines import (
     BoxFinder,
     Objects,
@@ -45,10 +44,10 @@ from paperworks.data.outlines import (
 from paperworks.errors import InputError
 from paperworks.files import atomic, write_json
 from paperworks.tasks import drawing
-from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of
+from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of, spec_of
 from paperworks.tasks.contract import Deployed, Model, Options, Progress, Task, mean_of
 from paperworks.tasks.drawing import Picture, display, error_map
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, read_unit
 from paperworks.tasks.segmentation import bright_side
 
 Found = dict[str, Tensor]
@@ -130,16 +129,7 @@ class Contours(Task):
             raise InputError(
                 f"{source}: {len(self.train)} training and {len(self.val)} validation objects; add images, or say which is which in splits.json"
             )
-        print_ = folder.fingerprint
-        self.spec = Spec(
-            task=self.name,
-            channels=print_.channels,
-            classes=self.data.classes,
-            size=tuple(print_.median_size),
-            mean=tuple(print_.mean),
-            std=tuple(max(s, 1e-4) for s in print_.std),
-            range=(float(print_.range[0]), float(print_.range[1])),
-        )
+        self.spec = spec_of(self.name, folder.fingerprint, self.data.classes)
 
     def describe(self) -> dict[str, Any]:
         """What the folder says of itself, counted in objects."""
@@ -345,10 +335,7 @@ class Contours(Task):
     def _predict(
         cls, model: Model, source: Path, target: Path, options: Options, finder: BoxFinder
     ) -> tuple[tuple[int, int], list[tuple[Found, str]]]:
-        try:
-            image = unit(read_image(source), model.spec.range, model.spec.channels)
-        except InputError as error:
-            raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
+        image = read_unit(source, model.spec)
         size, predict = (image.shape[1], image.shape[2]), cls.predictor(model.forward, model.spec, model.grid)
         found = [(predict({"image": image, "box": torch.tensor(box)}), label) for box, label in finder(source, size)]
         labels = np.zeros(size, np.uint16)

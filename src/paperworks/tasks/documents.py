@@ -16,7 +16,6 @@ field is most probable is taken, if it is probable at all. All networks are read
 
 from __future__ import annotations
 
-import csv
 import re
 import textwrap
 from collections import Counter
@@ -42,7 +41,7 @@ from paperworks.files import atomic, write_json
 from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task
 from paperworks.tasks.drawing import Picture, colour
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, table
 
 LENGTH = 64
 """Bytes of a segment's text that are seen, the line feed included."""
@@ -535,7 +534,7 @@ class Documents(Task):
         spans = [span for value in prediction.values() for span in value.spans]
         return {
             "boxes": marked(page, spans, self.spec.classes),
-            "fields": table(prediction, self.spec.classes, page.fields),
+            "fields": values_drawn(prediction, self.spec.classes, page.fields),
         }
 
     def legend(self) -> list[dict[str, Any]]:
@@ -572,28 +571,23 @@ class Documents(Task):
         options.refuse(cls.name, "refine", "probabilities", "window", "overlap", "resume")
         out = Path(out)
         jobs = find_jobs(inputs, out, cls.accepts, cls.target)
-        rows: list[list[str]] = []
         written: list[Path] = []
-        out.mkdir(parents=True, exist_ok=True)
-        try:
+        with table(out / "values.csv", ["file", "page", *model.spec.classes]) as sheet:
             for i, (source, target) in enumerate(jobs):
                 found = _predicted(model, source)
                 write_json(target, {name: _plain(values) for name, (_, values) in found.items()})
                 written.append(target)
                 for name, (page, values) in found.items():
-                    rows.append([str(source), name, *(values[k].text if k in values else "" for k in model.spec.classes)])
+                    sheet.add(str(source), name, *(values[k].text if k in values else "" for k in model.spec.classes))
                     if options.overlays:
                         picture = target.parent / f"{name.replace('/', '_')}.fields.png"
                         spans = [span for value in values.values() for span in value.spans]
-                        pair = side_by_side(marked(page, spans, model.spec.classes), table(values, model.spec.classes))
+                        pair = side_by_side(marked(page, spans, model.spec.classes), values_drawn(values, model.spec.classes))
                         with atomic(picture) as temporary:
                             PIL.Image.fromarray(pair).save(temporary)
                         written.append(picture)
                 if progress:
                     progress(i + 1, len(jobs))
-        finally:
-            with atomic(out / "values.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
-                csv.writer(f).writerows([["file", "page", *model.spec.classes], *rows])
         return [out / "values.csv", *written]
 
     # Data that do not exist
@@ -675,7 +669,7 @@ def marked(page: Page, spans: Sequence[Span], names: Sequence[str]) -> Picture:
     return np.array(PIL.Image.alpha_composite(image, layer).convert("RGB"))
 
 
-def table(found: Found, names: Sequence[str], truth: Mapping[str, str] | None = None, width: int = 240) -> Picture:
+def values_drawn(found: Found, names: Sequence[str], truth: Mapping[str, str] | None = None, width: int = 240) -> Picture:
     """The values under the fields' names; where the truth is known and another, in red with the truth below."""
     lines: list[tuple[str, Any, int]] = []
     for k, name in enumerate(names, start=1):

@@ -11,7 +11,6 @@ Where it straightens the text first, ``rectified`` is what it read then.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import tempfile
@@ -32,14 +31,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.text import CharErrorRate
 from torchvision import tv_tensors
 
-from paperworks.data.images import read_image, unit
 from paperworks.data.words import WordItem, looks_like_words, open_words
 from paperworks.errors import InputError
 from paperworks.files import atomic
-from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of
+from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of, spec_of
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task, mean_of
 from paperworks.tasks.drawing import Picture, display
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, read_unit, table
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 """The 94 printable characters of ASCII that the field reads, in its order."""
@@ -240,16 +238,7 @@ class TextReading(Task):
                 f"{source}: {len(self.train)} training and {len(self.val)} validation texts; add images, or say which is which in splits.json"
             )
         print_ = self.folder.fingerprint
-        self.spec = Spec(
-            task=self.name,
-            channels=print_.channels,
-            classes=self.folder.alphabet,
-            size=tuple(print_.median_size),
-            mean=tuple(print_.mean),
-            std=tuple(max(s, 1e-4) for s in print_.std),
-            range=print_.range,
-            more={"longest": max(len(i.text) for i in self.train)},
-        )
+        self.spec = spec_of(self.name, print_, self.folder.alphabet, more={"longest": max(len(i.text) for i in self.train)})
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -369,7 +358,7 @@ class TextReading(Task):
     @classmethod
     def predict_file(cls, model: Model, source: Path, target: Path, options: Options) -> None:
         """Write a picture of what is read in one crop."""
-        image = _read(model, source)
+        image = read_unit(source, model.spec)
         reading = cls.predictor(model.forward, model.spec, model.grid)(image)
         with atomic(target) as temporary:
             PIL.Image.fromarray(card(image, reading)).save(temporary, format="PNG")
@@ -390,29 +379,20 @@ class TextReading(Task):
         jobs = find_jobs(inputs, out, cls.accepts, cls.target)
         path = out / "readings.csv"
         head = ["file", "text", "confidence", *(["probabilities"] if options.probabilities else [])]
-        rows: list[list[str]] = []
-        if options.resume and path.exists():
-            with path.open(encoding="utf-8", newline="") as f:
-                rows = [row for row in csv.reader(f) if len(row) == len(head)][1:]
-        done = {row[0] for row in rows}
-        out.mkdir(parents=True, exist_ok=True)
         predict = cls.predictor(model.forward, model.spec, model.grid)
-        try:
+        with table(path, head, resume=options.resume) as sheet:
             for i, (source, target) in enumerate(jobs):
-                if str(source) not in done:
-                    image = _read(model, source)
+                if str(source) not in sheet:
+                    image = read_unit(source, model.spec)
                     found = predict(image)
                     each = [" ".join(f"{math.exp(v):.4f}" for v in found.likelihoods)] if options.probabilities else []
-                    rows.append([str(source), found.text, f"{found.confidence:.6f}", *each])
+                    sheet.add(str(source), found.text, f"{found.confidence:.6f}", *each)
                     if options.overlays:
                         target.parent.mkdir(parents=True, exist_ok=True)
                         with atomic(target) as temporary:
                             PIL.Image.fromarray(card(image, found)).save(temporary, format="PNG")
                 if progress:
                     progress(i + 1, len(jobs))
-        finally:
-            with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
-                csv.writer(f).writerows([head, *rows])
         return [path]
 
     @classmethod
@@ -446,13 +426,6 @@ class TextReading(Task):
 def sequence_loss(logits: Float[Tensor, "B T K"], target: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Cross-entropy summed over the characters of a text, mean over texts; -1 in ``target`` does not count."""
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE, reduction="sum") / len(target)
-
-
-def _read(model: Model, source: Path) -> Tensor:
-    try:
-        return unit(read_image(source), model.spec.range, model.spec.channels)
-    except InputError as error:
-        raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------------------------

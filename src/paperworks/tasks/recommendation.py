@@ -10,7 +10,6 @@ Which side is cold follows from the tables that are there (``data/interactions.p
 
 from __future__ import annotations
 
-import csv
 import re
 import tempfile
 import zlib
@@ -43,7 +42,7 @@ from paperworks.files import atomic
 from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task, mean_of, normalise
 from paperworks.tasks.drawing import Picture
-from paperworks.tasks.files import find_jobs
+from paperworks.tasks.files import find_jobs, table
 
 TOP = 20
 """Length of a list of recommendations."""
@@ -304,37 +303,29 @@ class Recommendation(Task):
         varied lists (:func:`diversified`): 0 or an empty cell gives the plain ranking, 0.5 perturbs the attributes by half a standard deviation.
 
         Raises:
-            InputError: an input is missing or broken; nothing is written then.
+            InputError: an input is missing or broken, and nothing was written; or a number is none, and the rows before it are.
         """
         options.refuse(cls.name, "refine", "probabilities", "window", "overlap")
         out = Path(out)
         path = out / "recommendations.csv"
         head = ["entity", "rank", "item", "score", "title"]
-        rows: list[list[str]] = []
-        if options.resume and path.exists():
-            with path.open(encoding="utf-8", newline="") as f:
-                rows = [row for row in csv.reader(f) if len(row) == len(head)][1:]
-        done = {row[0] for row in rows}
         jobs = find_jobs(inputs, out, cls.accepts, cls.target)
         new = [(source, *entity) for source, _ in jobs for entity in read_new(source, model.spec.more["columns"])]
         titles = model.spec.more["titles"]
-        out.mkdir(parents=True, exist_ok=True)
         written = [path]
-        for i, (source, name, cells, attributes) in enumerate(new):
-            if name not in done:
-                spread = number(cells.get(SPREAD) or "0", f"{source}, {name}: {SPREAD}")
-                scores, order = diversified(model, torch.tensor(attributes), spread, seed=zlib.crc32(name.encode()))
-                rows += [
-                    [name, str(rank), model.spec.classes[o], f"{float(scores[o]):.6f}", titles[o]] for rank, o in enumerate(order, start=1)
-                ]
-                if options.overlays:
-                    safe = re.sub(r"[^\w.-]", "_", name)
-                    written.append(out / f"{i:05d}_{safe}{cls.suffix}")
-                    _save(ranking_picture(scores, model.spec, order=order), written[-1])
-            if progress:
-                progress(i + 1, len(new))
-        with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
-            csv.writer(f).writerows([head, *rows])
+        with table(path, head, resume=options.resume) as sheet:
+            for i, (source, name, cells, attributes) in enumerate(new):
+                if name not in sheet:
+                    spread = number(cells.get(SPREAD) or "0", f"{source}, {name}: {SPREAD}")
+                    scores, order = diversified(model, torch.tensor(attributes), spread, seed=zlib.crc32(name.encode()))
+                    for rank, o in enumerate(order, start=1):
+                        sheet.add(name, str(rank), model.spec.classes[o], f"{float(scores[o]):.6f}", titles[o])
+                    if options.overlays:
+                        safe = re.sub(r"[^\w.-]", "_", name)
+                        written.append(out / f"{i:05d}_{safe}{cls.suffix}")
+                        _save(ranking_picture(scores, model.spec, order=order), written[-1])
+                if progress:
+                    progress(i + 1, len(new))
         return written
 
     @classmethod

@@ -25,7 +25,7 @@ from paperworks.data.clips import ClipFolder, is_clip, looks_like_clips, open_cl
 from paperworks.data.films import Film
 from paperworks.data.images import unit
 from paperworks.errors import InputError
-from paperworks.tasks.base import Batch, Grid, Recipe, Sample, Spec, grid_of
+from paperworks.tasks.base import Batch, Grid, Recipe, Sample, Spec, grid_of, spec_of
 from paperworks.tasks.classification import Classification, ClassScores, titled
 from paperworks.tasks.contract import Model, Predict, Progress
 from paperworks.tasks.drawing import Picture, display, montage
@@ -186,18 +186,8 @@ class Video(Classification):
             )
         if len(self.folder.classes) < 2:
             raise InputError(f"{source} holds one class only; there is nothing to tell apart")
-        print_ = self.folder.fingerprint
-        frames, *size = print_.median_size
-        self.spec = Spec(
-            task=self.name,
-            channels=print_.channels,
-            classes=self.folder.classes,
-            size=tuple(size),
-            mean=tuple(print_.mean),
-            std=tuple(max(s, 1e-4) for s in print_.std),
-            range=print_.range,
-            more={"frames": frames},
-        )
+        frames, *size = self.folder.fingerprint.median_size
+        self.spec = spec_of(self.name, self.folder.fingerprint, self.folder.classes, size=tuple(size), more={"frames": frames})
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
