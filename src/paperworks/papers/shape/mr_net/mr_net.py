@@ -13,7 +13,8 @@ Shapes: B batch, N contour points, n vertices, R side of the volume, C features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -320,7 +321,7 @@ def laplacian(vertices: Float[Tensor, "B n 3"], edges: Int[Tensor, "E 2"]) -> Fl
     return vertices - total / edges.flatten().bincount(minlength=vertices.shape[1])[:, None]
 
 
-def mesh_losses(predicted: Float[Tensor, "B n 3"], truth: Float[Tensor, "B n 3"], normals: Tensor, edges: Tensor) -> Mapping[str, Tensor]:
+def mesh_losses(predicted: Float[Tensor, "B n 3"], truth: Float[Tensor, "B n 3"], normals: Tensor, edges: Tensor) -> dict[str, Tensor]:
     """The terms of one block: coordinates, Chamfer, edges, normals."""
     to_predicted, to_truth, index = nearest(truth, predicted)
     edge = predicted[:, edges[:, 0]] - predicted[:, edges[:, 1]]
@@ -339,7 +340,7 @@ def loss(output: Output, batch: Batch) -> dict[str, Tensor]:
     edges = torch.from_numpy(edges_of(faces.cpu().numpy())).to(faces.device)
     truth = batch["vertices"].transpose(1, 2)
     normals, before = vertex_normals(truth, faces), laplacian(output["template"].T[None], edges)
-    terms = dict.fromkeys(("coordinates", "chamfer", "edges", "normals", "laplacian"), truth.new_zeros(()))
+    terms: dict[str, Tensor] = defaultdict(lambda: truth.new_zeros(()))
     for predicted, weight, smooth in zip(output["blocks"].transpose(2, 3).unbind(1), BLOCK_WEIGHTS, LAPLACE_WEIGHTS):
         for name, value in mesh_losses(predicted, truth, normals, edges).items():
             terms[name] = terms[name] + weight * value
@@ -356,14 +357,14 @@ VARIANTS: dict[str, Config] = {
     "small": Config(
         points=512,
         side=32,
-        widths=(4, 8, 32, 96),
-        sampled=(64, 48),
+        widths=(4, 8, 16, 32),
+        sampled=(96, 64),
         hidden=64,
         pairs=2,
         occupied=16.0,
         offsets=True,
-        lr=2e-3,
-        batch=2,
+        lr=3e-3,
+        batch=4,
     ),
     "test": Config(
         points=64,
