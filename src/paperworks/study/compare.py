@@ -28,6 +28,7 @@ from paperworks.files import atomic, occupied, write_json
 from paperworks.study.audit import verdict
 from paperworks.study.measure import measure
 from paperworks.study.report import write_report
+from paperworks.study.words import three
 from paperworks.tasks import task
 from paperworks.tasks.base import grid_of
 from paperworks.tasks.contract import Task
@@ -375,8 +376,8 @@ def _cost_words(row: dict[str, Any], noun: list[str]) -> tuple[str, str]:
         return f"It has {millions:.2f} M parameters.", f"参数量 {millions:.2f} M。"
     ms = _latency(row)
     return (
-        f"It has {millions:.2f} M parameters and takes {ms:.1f} ms per {noun[0]}.",
-        f"参数量 {millions:.2f} M，每份{noun[2]} {ms:.1f} 毫秒。",
+        f"It has {millions:.2f} M parameters and takes {three(ms)} ms per {noun[0]}.",
+        f"参数量 {millions:.2f} M，每份{noun[2]} {three(ms)} 毫秒。",
     )
 
 

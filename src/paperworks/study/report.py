@@ -444,7 +444,7 @@ def _fronts(done: list[Method], metric: tuple[str, str], better: int) -> list[di
 
 def _curves(done: list[Method], metric: tuple[str, str]) -> dict[str, Any] | None:
     """Quality while training, over seconds where they are known for every method, and the training loss."""
-    methods = [(m, m.raw["curves"]) for m in done if m.raw.get("curves")]
+    methods = [(m, c) for m in done if len((c := m.raw.get("curves") or {}).get("step") or []) > 1]  # what is solved has no course
     timed = all(len(c.get("seconds") or []) == len(c.get("step") or []) > 0 for _, c in methods)
     quality, loss = [], []
     for m, c in methods:
