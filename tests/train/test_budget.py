@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from paperworks import papers
 from paperworks.errors import InputError
 from paperworks.train.budget import Budget, parse_duration, plan
 
@@ -44,3 +45,31 @@ def test_large_images_are_not_seen_by_their_crops(blobs) -> None:
 
     data = Segmentation(blobs)
     assert data.share_shown(Recipe(patch=24)) == 0.25 and data.share_shown(Recipe(patch=256)) == 1
+
+
+def test_a_network_for_large_machines_is_not_tried(blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operations say enough: a few steps of it might take all the memory there is."""
+    from paperworks.tasks.segmentation import Segmentation
+    from paperworks.train import api
+
+    tried = []
+
+    def probe(fabric, learner, dataset, steps) -> float:
+        tried.append(sum(p.numel() for p in learner.network.parameters()))
+        return 0.1
+
+    monkeypatch.setattr(api, "probe", probe)
+    data, budget, tiny = Segmentation(blobs), Budget(seconds=100), papers.paper("unet").variants["tiny"]
+    monkeypatch.setattr(api, "operations", lambda paper, config, data: 1 if config == tiny else 10**6)
+    assert api.choose_variant("unet", data, budget, {}, 0) == "tiny" and len(tried) == 1
+    monkeypatch.setattr(api, "operations", lambda *_: None)
+    assert api.choose_variant("unet", data, budget, {}, 0) == "same" and len(tried) == 4, "measured where operations are not known"
+
+
+def test_operations_are_counted_without_computing(blobs) -> None:
+    from paperworks.tasks.segmentation import Segmentation
+    from paperworks.train.api import operations
+
+    paper, data = papers.paper("unet"), Segmentation(blobs)
+    tiny, small = (operations(paper, paper.variants[name], data) for name in ("tiny", "small"))
+    assert tiny and small and 3.5 < small / tiny < 4, "twice the width"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from paperworks import papers
 from paperworks.errors import InputError
 from paperworks.tasks import task
-from paperworks.tasks.base import grid_of
+from paperworks.tasks.base import Paper, grid_of
 from paperworks.tasks.contract import Task
 from paperworks.train.budget import Budget, parse_duration
 from paperworks.train.engine import Listener, Positions, bare, make_fabric, make_learner, probe
 from paperworks.train.engine import fit as train
 from paperworks.train.pretrained import load_pretrained, pretrained_spec, published
 from paperworks.train.run import Request, Run, configure
+
+log = logging.getLogger("paperworks")
 
 SEEN_ENOUGH = 20
 """``--variant auto`` takes the largest variant that sees the training set at least so many times within the budget."""
@@ -134,7 +139,8 @@ def choose_variant(name: str, data: Task, budget: Budget, settings: dict[str, An
     """The largest of the paper's ``auto`` variants that sees the data often enough within the budget, by measured step times.
 
     Without a budget in time, or for a paper that solves for its weights, there is nothing to fit into, and the cheapest is taken. A variant
-    is taken to cost at least twice what the one before it costs: where even that would be too much it is not measured.
+    is taken to cost at least twice what the one before it costs, and no less than a quarter of what its operations say: where even that
+    would be too much it is not measured, since a few steps of a network for large machines may take all the memory of a small one.
     """
     candidates = papers.paper(name).auto
     if not candidates:
@@ -143,9 +149,12 @@ def choose_variant(name: str, data: Task, budget: Budget, settings: dict[str, An
         return candidates[0]
     request = Request(paper=name, data="", variant=candidates[0], budget={"steps": 1}, seed=seed)
     fabric = make_fabric(request)
-    chosen = candidates[0]
+    chosen, before = candidates[0], None
     for variant in candidates:
         paper, config, recipe = configure(name, variant, settings)
+        work = operations(paper, config, data)
+        if before and work and before[0] * work / before[1] / 4 > budget.seconds * data.share_shown(recipe) / SEEN_ENOUGH / len(data.train):
+            break
         learner = make_learner(fabric, request, paper, config, recipe, data, data.spec)
         prepare = paper.prepare(config) if paper.prepare else None
         dataset = Positions(data, recipe, grid_of(bare(learner.network)), prepare, seed, None)
@@ -153,7 +162,21 @@ def choose_variant(name: str, data: Task, budget: Budget, settings: dict[str, An
         seen = budget.seconds / seconds * recipe.batch_size / len(data.train) * data.share_shown(recipe)
         if variant != chosen and seen < SEEN_ENOUGH:
             break
-        chosen = variant
+        chosen, before = variant, (seconds / recipe.batch_size, work) if work else None
         if seen < 2 * SEEN_ENOUGH:
             break
     return chosen
+
+
+def operations(paper: Paper, config: Any, data: Task) -> int | None:
+    """Floating-point operations of an evaluation of one item, counted without computing; None where they depend on what the item shows."""
+    try:
+        with torch.device("meta"):
+            network = paper.build(data.spec, config).eval()
+        given = data.example(data.spec, grid_of(network)).to("meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(given)
+    except Exception as error:  # whatever a network does with values that are not there
+        log.debug("operations of %s are not known: %s", type(config), error)
+        return None
+    return counter.get_total_flops() or None
