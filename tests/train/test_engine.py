@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import random
 import signal
@@ -72,6 +73,19 @@ def test_run_folder(straight: Path) -> None:
     assert (straight / "metrics.csv").read_text().count("\n") == STEPS + 1
     assert (straight / "pictures" / "final.png").exists() and (straight / "log.txt").read_text()
     assert not list(straight.rglob("*.tmp*"))
+
+
+def test_log_is_written_where_logging_was_switched_off(blobs: Path, tmp_path: Path) -> None:
+    logger = logging.getLogger("paperworks")
+    logging.disable(logging.ERROR)
+    logger.disabled = True
+    try:
+        train(blobs, tmp_path / "run", steps=1)
+        assert "finished" in (tmp_path / "run" / "log.txt").read_text()
+        assert logging.root.manager.disable == logging.ERROR
+    finally:
+        logging.disable(logging.NOTSET)
+        logger.disabled = False
 
 
 def test_seed_decides(blobs: Path, straight: Path, tmp_path: Path) -> None:

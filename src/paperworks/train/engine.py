@@ -665,6 +665,9 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _log_file(folder: Path) -> Iterator[None]:
+    """A run's log is written whatever some library has done to logging in this process."""
+    silenced, log.disabled = logging.root.manager.disable, False
+    logging.disable(logging.NOTSET)
     handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
@@ -674,3 +677,4 @@ def _log_file(folder: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+        logging.disable(silenced)
