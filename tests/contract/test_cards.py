@@ -42,7 +42,7 @@ def test_texts(card):
         assert_text(where, dict(getattr(card, where)))
     for name, variant in card.variants.items():
         assert_text(f"variants.{name}.about", variant.get("about", {}))
-    for offers in ("methods", "explainers", "acquirers"):
+    for offers in ("methods", "explainers", "acquirers", "layers"):
         for name, offer in getattr(card, offers).items():
             assert_text(f"{offers}.{name}.about", offer.get("about", {}))
 
@@ -91,7 +91,7 @@ def test_numbers_are_found():
 
 
 def test_code_agrees(card):
-    for offers in ("methods", "explainers", "acquirers"):
+    for offers in ("methods", "explainers", "acquirers", "layers"):
         if named := getattr(card, offers):
             assert set(named) == set(getattr(papers.module(card.id), offers.upper())), f"card.toml and {offers.upper()} differ"
     if card.variants:

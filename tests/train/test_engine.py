@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import os
@@ -17,10 +18,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from paperworks import papers
 from paperworks.errors import InputError
+from paperworks.nn.swap import swapped
 from paperworks.tasks import task
-from paperworks.tasks.base import Recipe
+from paperworks.tasks.base import Layer, Recipe, Spec
 from paperworks.train import engine
 from paperworks.train.api import fit
 from paperworks.train.engine import Interrupted, Silent, schedule
@@ -334,3 +338,57 @@ def test_every_parameter_has_its_rate() -> None:
     for part, factor in (("warp", 0.1), ("body", 1.0), ("head", 10.0)):
         layer = getattr(network, part)
         assert found[id(layer.weight)] == (factor, 0.1) and found[id(layer.bias)] == (factor, 0.0)
+
+
+class Ramp(nn.Module):
+    """Keeps what it is told of the course of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[float] = []
+
+    def advance(self, share: float) -> None:
+        self.told.append(share)
+
+
+def test_modules_are_told_how_far_training_is(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paper, ramps = papers.paper("unet"), []
+
+    def build(spec: Spec, config: Any) -> nn.Module:
+        network = paper.build(spec, config)
+        network.ramp = Ramp()
+        ramps.append(network.ramp)
+        return network
+
+    monkeypatch.setattr(papers, "paper", lambda name: dataclasses.replace(paper, build=build))
+    train(blobs, tmp_path / "run", steps=4)
+    assert ramps[0].told == [0, 0.25, 0.5, 0.75]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    by: int = 2
+
+
+class Scaled(nn.Module):
+    def __init__(self, inner: nn.Module, by: int) -> None:
+        super().__init__()
+        self.inner, self.by = inner, by
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.by * self.inner(x)
+
+
+def test_layers_are_put_in_by_settings(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(network: nn.Module, config: Scale) -> nn.Module:
+        return swapped(network, lambda m: isinstance(m, nn.ConvTranspose2d), lambda m: Scaled(m, config.by))
+
+    monkeypatch.setattr(papers, "layers", lambda: {"upsampling": {"scaled": "somewhere"}})
+    monkeypatch.setattr(papers, "layer", lambda slot, name: Layer(slot, Scale(), put))
+    run = train(blobs, tmp_path / "run", steps=1, settings={"upsampling": "scaled", "upsampling.by": "3"})
+    found = [m for m in run.network().modules() if isinstance(m, Scaled)]
+    assert found and all(m.by == 3 for m in found)
+    with pytest.raises(InputError, match="name the layer too, as upsampling=NAME"):
+        train(blobs, tmp_path / "other", steps=1, settings={"upsampling.by": "3"})
+    with pytest.raises(InputError, match=r"no setting is called 'to'; there are by"):
+        train(blobs, tmp_path / "other", steps=1, settings={"upsampling": "scaled", "upsampling.to": "3"})

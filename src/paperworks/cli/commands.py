@@ -144,6 +144,8 @@ def show(paper: PaperId, language: Annotated[str, typer.Option("--lang", help="e
         print(f"{name:<12} {variant['params']:>12,}  {variant['about'][language]}")
     for name, method in card.methods.items():
         print(f"\npredict --with {name}: {method['about'][language]}")
+    for name, layer in card.layers.items():
+        print(f"\ntrain OTHER_PAPER --set {layer['slot']}={name}: {layer['about'][language]}")
     print(
         f"\nevidence: level {found['level']} of 4, claim {found['claim'] or 'not run'}, verdict {found['verdict']}"
         + (" (stale)" if found["stale"] else "")

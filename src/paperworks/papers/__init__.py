@@ -15,7 +15,7 @@ from paperworks.errors import InputError
 
 if TYPE_CHECKING:
     from paperworks.tasks.acquire import Acquirer
-    from paperworks.tasks.base import Method, Paper
+    from paperworks.tasks.base import Layer, Method, Paper
     from paperworks.tasks.claim import Claim
     from paperworks.tasks.explain import Explainer
 
@@ -57,6 +57,8 @@ class Card:
     """Ways to show why a network answered as it did that the paper's module offers to ``explain --with``."""
     acquirers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Ways to choose images to label that the paper's module offers to ``acquire --with``."""
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Parts for networks of other papers that the paper's module offers to ``--set SLOT=NAME``; ``slot`` says where they go."""
     related: Mapping[str, Any] = field(default_factory=dict)
     verdict_override: Mapping[str, str] = field(default_factory=dict)
 
@@ -144,6 +146,27 @@ def acquirer(name: str) -> Acquirer:
     if name not in offers:
         raise InputError(f"nothing that chooses images to label is called {name!r}; there are: {', '.join(sorted(offers)) or 'none'}")
     return module(offers[name]).ACQUIRERS[name]
+
+
+def layers() -> dict[str, dict[str, str]]:
+    """Slot -> the layers that go there, and the paper that offers each."""
+    found: dict[str, dict[str, str]] = {}
+    for entry in cards().values():
+        for name, offer in entry.layers.items():
+            found.setdefault(offer["slot"], {})[name] = entry.id
+    return found
+
+
+def layer(slot: str, name: str) -> Layer:
+    """A layer for a slot, whichever paper offers it.
+
+    Raises:
+        InputError: no paper offers one of that name for that slot.
+    """
+    offers = layers().get(slot, {})
+    if name not in offers:
+        raise InputError(f"no layer for {slot} is called {name!r}; there are: {', '.join(sorted(offers)) or 'none'}")
+    return module(offers[name]).LAYERS[name]
 
 
 def _read(path: Path) -> Card:

@@ -185,6 +185,18 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A part that takes a place in networks of other papers, as an entry of a module's ``LAYERS``; ``--set attention=NAME`` puts it in."""
+
+    slot: str
+    """The place: ``attention``, ``norm``, ``conv``, ``context``, ``head``, ``position``."""
+    config: Any
+    """Frozen dataclass with the defaults; ``--set attention.FIELD=VALUE`` changes its fields."""
+    put: Callable[[nn.Module, Any], nn.Module]
+    """(a network with fresh weights, configuration) -> that network with the layer in every fitting place; InputError where none fits."""
+
+
+@dataclass(frozen=True)
 class Method:
     """An inference method that wraps a trained run, as an entry of a module's ``METHODS``."""
 

@@ -139,6 +139,9 @@ class Learner:
             group["lr"] = self.recipe.lr * factor * schedule(self.recipe, step, steps)
         torch.manual_seed((self.seed * 1_000_003 + step) * 1009 + rank)
         self.network.train()
+        for module in self.network.modules():
+            if hasattr(module, "advance"):
+                module.advance(step / steps)  # type: ignore[operator]
         self.optimizer.zero_grad(set_to_none=True)
         terms = self._terms(self._normalised(batch))
         fabric.backward(terms["loss"])

@@ -50,19 +50,50 @@ class Request:
 def configure(name: str, variant: str, settings: Mapping[str, Any]) -> tuple[Paper, Any, Recipe]:
     """A paper with its configuration and recipe after ``settings``.
 
+    A setting that names a layer's slot (``attention=agent_attention``, ``attention.agents=16``) and no field of the paper's own puts the
+    layer into the network that the paper builds.
+
     Raises:
-        InputError: no such variant or setting.
+        InputError: no such variant, setting or layer.
     """
     paper = papers.paper(name)
     if variant not in paper.variants:
         raise InputError(f"{name} has no variant {variant!r}; there are {', '.join(paper.variants)}")
     known = {f.name for f in dataclasses.fields(paper.variants[variant])}
+    own = {k: v for k, v in settings.items() if k.partition(".")[0] in known}
+    rest = {k: v for k, v in settings.items() if k.partition(".")[0] not in known}
+    slots = papers.layers() if rest else {}
+    swaps = {k: v for k, v in rest.items() if k.partition(".")[0] in slots}
     try:
-        (config,) = override({k: v for k, v in settings.items() if k.partition(".")[0] in known}, paper.variants[variant])
-        _, recipe = override({k: v for k, v in settings.items() if k.partition(".")[0] not in known}, config, paper.recipe(config))
+        (config,) = override(own, paper.variants[variant])
+        _, recipe = override({k: v for k, v in rest.items() if k not in swaps}, config, paper.recipe(config))
+        return _with_layers(paper, swaps), config, recipe
     except ValueError as error:
         raise InputError(f"--set: {error}") from None
-    return paper, config, recipe
+
+
+def _with_layers(paper: Paper, settings: Mapping[str, Any]) -> Paper:
+    """The paper, whose networks have other papers' layers in them."""
+    chosen = []
+    for slot in dict.fromkeys(key.partition(".")[0] for key in settings):
+        if slot not in settings:
+            raise ValueError(f"{slot}.… changes a layer; name the layer too, as {slot}=NAME")
+        layer = papers.layer(slot, settings[slot])
+        fields = {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{slot}.")}
+        chosen.append((f"{slot}={settings[slot]}", layer, override(fields, layer.config)[0]))
+    if not chosen:
+        return paper
+
+    def build(spec: Spec, config: Any) -> nn.Module:
+        network = paper.build(spec, config)
+        for said, layer, own in chosen:
+            try:
+                network = layer.put(network, own)
+            except InputError as error:
+                raise InputError(f"--set {said}: {error}") from None
+        return network
+
+    return dataclasses.replace(paper, build=build)
 
 
 @dataclass
