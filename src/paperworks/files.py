@@ -29,9 +29,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def occupied(folder: Path) -> bool:
-    """Something is in the folder that is not a leftover of :func:`atomic`."""
-    return folder.exists() and any(not _LEFTOVER.fullmatch(p.name) for p in folder.iterdir())
+def occupied(folder: Path, but: str = "") -> bool:
+    """Something is in the folder that is neither called ``but`` nor a leftover of :func:`atomic`."""
+    return folder.exists() and any(p.name != but and not _LEFTOVER.fullmatch(p.name) for p in folder.iterdir())
 
 
 def sweep(folder: Path) -> None:

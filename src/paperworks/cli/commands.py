@@ -203,6 +203,9 @@ def train(
     workers: Workers = 0,
     devices: Annotated[int, typer.Option("--devices", help="GPUs, or processes on CPU.")] = 1,
     nodes: Annotated[int, typer.Option("--nodes", help="Machines, under torchrun or SLURM.")] = 1,
+    ray: Annotated[
+        str, typer.Option("--ray", metavar="ADDRESS", help="Ray cluster, or local: a search trains its candidates there, side by side.")
+    ] = "",
 ) -> None:
     """Train a paper on your data; leaves a run folder with the model. Without a budget: 10 minutes.
 
@@ -234,6 +237,7 @@ def train(
             limit=limit,
             pretrained=pretrained,
             encoder=encoder or "",
+            ray=ray,
             opened=opened,
             listener=bar,
             settings=_settings(settings),

@@ -45,6 +45,7 @@ class TrainingBar:
         self.name, self.own = name, bars is None
         self.bars = bars or _bars()
         self.row: Any = None
+        self.candidates: Any = None
         self.looked = ""
 
     def __enter__(self) -> TrainingBar:
@@ -68,6 +69,12 @@ class TrainingBar:
         """Show the first metric."""
         name, value = next(iter(metrics.items()))
         self.looked = f"{name} {value:.3f}"
+
+    def tried(self, done: int, count: int, value: float) -> None:
+        """A candidate of a search is trained."""
+        if self.candidates is None:
+            self.candidates = self.bars.add_task(f"{self.name}: candidates", total=count, values="")
+        self.bars.update(self.candidates, completed=done, values=f"value {value:.3f}")
 
 
 class ComparisonBars:

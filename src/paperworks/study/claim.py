@@ -26,6 +26,7 @@ from paperworks.tasks.environment import hardware, versions
 from paperworks.tasks.tiling import padded
 from paperworks.train.engine import Listener, fit
 from paperworks.train.run import Request
+from paperworks.train.search import Trainings, divided
 
 
 @dataclass
@@ -92,6 +93,12 @@ class Bench:
         )
         self.runs.append(folder.name)
         return TrainedRun(run.network(), self.data, run.spec)
+
+    def trials(self, *, variant: str, steps: int, **settings: Any) -> Trainings:
+        """What trains candidates of a search for so many steps each."""
+        budget = {"seconds": None, "steps": steps, "epochs": None}
+        request = Request(paper=self.paper, data=self.source, variant=variant, settings=settings, seed=self.seed, budget=budget)
+        return Trainings(request, divided(self.data), steps)
 
     def evaluate(self, predict: Callable[[Any], Any]) -> dict[str, float]:
         """The task's metrics over the validation split."""

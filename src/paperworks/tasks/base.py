@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from paperworks.data.augment import Augment
 from paperworks.data.fingerprint import Fingerprint
+from paperworks.tasks.trials import Search
 
 Sample = dict[str, Any]
 """One example: ``image`` (tv_tensors.Image, C H W, float32 in [0, 1]), ``name`` (str) and what the task adds."""
@@ -164,6 +165,8 @@ class Paper:
     solve: Callable[[Any], Callable[[nn.Module, Iterable[Batch]], None]] | None = None
     """configuration -> what sets the network's weights from all training batches at once, where the loss has its minimum; no gradient
     steps are taken then. None: the network learns by gradient steps."""
+    search: Search | None = None
+    """What finds settings (an architecture) for the data at hand before the network is built."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from paperworks.tasks.base import Output, Sample
 from paperworks.tasks.contract import Task
+from paperworks.tasks.trials import Trials
 
 Results = Mapping[str, Mapping[str, list[float]]]
 """arm -> metric -> one value per seed, in the order of the claim's seeds."""
@@ -58,6 +59,10 @@ class Lab(Protocol):
         The same arguments and seed give the same run, which is trained once and shared between arms.
         ``settings`` are those of ``--set``; ``**{"augment.elastic": 0}`` reaches into a field.
         """
+        ...
+
+    def trials(self, *, variant: str, steps: int, **settings: Any) -> Trials:
+        """What trains candidates of a search for ``steps`` each, on four fifths of the training split, and values them on the rest."""
         ...
 
     def evaluate(self, predict: Callable[[Any], Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from paperworks.train.engine import Listener, Positions, bare, make_fabric, make
 from paperworks.train.engine import fit as train
 from paperworks.train.pretrained import load_pretrained, pretrained_spec, published
 from paperworks.train.run import Request, Run, configure
+from paperworks.train.search import search
 
 log = logging.getLogger("paperworks")
 
@@ -83,6 +84,7 @@ def fit(
     limit: int | None = None,
     pretrained: bool = False,
     encoder: str | Path = "",
+    ray: str = "",
     opened: Task | None = None,
     listener: Listener | None = None,
     settings: dict[str, Any] | None = None,
@@ -106,6 +108,7 @@ def fit(
         limit: train on the first so many items only.
         pretrained: start from the published weights; needs a variant that has some.
         encoder: start from what the network of this run folder has learnt to see; it must be a part of this one.
+        ray: address of the Ray cluster, or ``local``, on which the candidates of a search are trained side by side.
         opened: the data set, when the caller has opened it already.
         listener: is told of each step.
         settings: fields of configuration and recipe to change.
@@ -132,6 +135,7 @@ def fit(
         devices=devices,
         nodes=nodes,
     )
+    request = search(request, opened, Path(out), resume=resume, ray=ray, listener=listener)
     return train(request, out, data=opened, resume=resume, workers=workers, listener=listener)
 
 

@@ -63,6 +63,9 @@ class Listener(Protocol):
     def look(self, step: int, metrics: Mapping[str, float]) -> None:
         """The validation images were looked at."""
 
+    def tried(self, done: int, count: int, value: float) -> None:
+        """Of ``count`` candidates of a search, ``done`` are trained; the last is worth ``value``."""
+
 
 class Silent:
     """A listener that says nothing; a base for those that listen to some things only."""
@@ -74,6 +77,9 @@ class Silent:
         """Nothing."""
 
     def look(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def tried(self, done: int, count: int, value: float) -> None:
         """Nothing."""
 
 
@@ -356,7 +362,7 @@ def _open_run(request: Request, out: Path, data: Task, resume: bool) -> Run:
         if run.record["data"]["sha256"] != data.sha256:
             raise InputError(f"{out}: the data in {request.data} changed since the run began; take another --out")
         return run
-    if occupied(out):
+    if occupied(out, but="search"):
         raise InputError(
             f"{out} is not empty; take another --out" + (", or --resume to go on with it" if (out / "run.json").exists() else "")
         )
@@ -491,7 +497,7 @@ def _train(fabric: Any, run: Run, data: Task, workers: int, listener: Listener, 
     if rank == 0:
         with learner.averaged() as network:
             save_weights(network, run.folder / "model.safetensors")
-            metrics, per_item = data.evaluate(_predictor(learner, network, data))
+            metrics, per_item = data.evaluate(predictor(network, learner.spec, data))
         _draw(learner, data, run.folder / "pictures" / "final.png")
         run.record |= {
             "state": "finished",
@@ -562,7 +568,7 @@ def _look(learner: Learner, data: Task, *, limit: int | None = None, pictures: P
     limit = limit or data.look_at
     items = data.val[:: max(1, len(data.val) // limit)][:limit]
     with learner.averaged() as network:
-        predict = _predictor(learner, network, data)
+        predict = predictor(network, learner.spec, data)
         metrics, _ = data.evaluate(predict, items)
         if pictures:
             data.picture(predict, items[:4], pictures)
@@ -583,14 +589,16 @@ def held_out_loss(learner: Learner, data: Task, dataset: Positions) -> float:
     return sum(losses) / len(losses)
 
 
-def _predictor(learner: Learner, network: nn.Module, data: Task) -> Predict:
-    deployed = data.deploy(network, learner.spec).to(learner.mean.device).eval()
-    return data.predictor(lambda given: deployed(given.to(learner.mean.device)), learner.spec, grid_of(network))
+def predictor(network: nn.Module, spec: Spec, data: Task) -> Predict:
+    """What predicts with a network on the device where it is."""
+    device = next(network.parameters()).device
+    deployed = data.deploy(network, spec).to(device).eval()
+    return data.predictor(lambda given: deployed(given.to(device)), spec, grid_of(network))
 
 
 def _draw(learner: Learner, data: Task, path: Path) -> None:
     with learner.averaged() as network:
-        predict = _predictor(learner, network, data)
+        predict = predictor(network, learner.spec, data)
         data.picture(predict, data.val[:: max(1, len(data.val) // 8)][:8], path)
 
 
