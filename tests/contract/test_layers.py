@@ -12,7 +12,7 @@ from paperworks.tasks.base import Spec
 from paperworks.tasks.classification import Classification
 from paperworks.train.run import configure
 
-OFFERS = [(slot, name) for slot, offers in papers.layers().items() for name in offers]
+OFFERS = [(slot, name) for slot, offers in papers.slots().items() for name in offers]
 SPEC: Spec = task("classification").plain_spec(3, 4, 2, (32, 32))
 
 
@@ -34,7 +34,7 @@ def hosts(slot: str, name: str):
 def test_layer_goes_into_a_network_and_learns(slot, name):
     found = 0
     for host, network, paper, config, before in hosts(slot, name):
-        if host == papers.layers()[slot][name]:
+        if host == papers.slots()[slot][name]:
             continue
         found += 1
         after = dict(network.named_parameters())

@@ -148,7 +148,7 @@ def acquirer(name: str) -> Acquirer:
     return module(offers[name]).ACQUIRERS[name]
 
 
-def layers() -> dict[str, dict[str, str]]:
+def slots() -> dict[str, dict[str, str]]:
     """Slot -> the layers that go there, and the paper that offers each."""
     found: dict[str, dict[str, str]] = {}
     for entry in cards().values():
@@ -163,7 +163,7 @@ def layer(slot: str, name: str) -> Layer:
     Raises:
         InputError: no paper offers one of that name for that slot.
     """
-    offers = layers().get(slot, {})
+    offers = slots().get(slot, {})
     if name not in offers:
         raise InputError(f"no layer for {slot} is called {name!r}; there are: {', '.join(sorted(offers)) or 'none'}")
     return module(offers[name]).LAYERS[name]

@@ -62,7 +62,7 @@ def configure(name: str, variant: str, settings: Mapping[str, Any]) -> tuple[Pap
     known = {f.name for f in dataclasses.fields(paper.variants[variant])}
     own = {k: v for k, v in settings.items() if k.partition(".")[0] in known}
     rest = {k: v for k, v in settings.items() if k.partition(".")[0] not in known}
-    slots = papers.layers() if rest else {}
+    slots = papers.slots() if rest else {}
     swaps = {k: v for k, v in rest.items() if k.partition(".")[0] in slots}
     try:
         (config,) = override(own, paper.variants[variant])
