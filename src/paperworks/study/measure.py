@@ -1,7 +1,7 @@
 """What a network costs: parameters, operations, latency in each form in which it can be run, memory.
 
-Operations are counted by torch's ``FlopCounterMode``: a multiplication with its addition is two, and only matrix products and
-convolutions count. Latencies of all forms are taken in turns and are those of one call on this machine, in this moment.
+Operations are counted as ``tasks/operations.py`` says: a multiplication with its addition is two, and only matrix products, convolutions
+and attentions count. Latencies of all forms are taken in turns and are those of one call on this machine, in this moment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from paperworks import papers, tasks
 from paperworks.errors import InputError
@@ -24,6 +23,7 @@ from paperworks.nn.fuse import channels_last, fast
 from paperworks.tasks.base import Spec, grid_of
 from paperworks.tasks.contract import Task
 from paperworks.tasks.environment import hardware, interleaved, peak_memory, summary, versions
+from paperworks.tasks.operations import ActivationCounter, flop_counter
 from paperworks.train.run import Run, configure
 
 SIDE = {2: 256, 3: 64}
@@ -54,7 +54,7 @@ def measure(
         progress: is told what is measured next.
 
     Returns:
-        ``params``; ``flops`` of one image; ``latency_ms``, form -> batch size (a text) -> ``p50``, ``p95``, ``n`` or None, where the
+        ``params``; ``flops`` and ``activations`` of one image; ``latency_ms``, form -> batch size (a text) -> ``p50``, ``p95``, ``n`` or None, where the
         forms are ``eager`` (the module as it is), ``channels_last``, ``fused`` (that and batch norms folded, what prediction uses) and
         ``onnxruntime``; ``peak_memory_mib``, by which a forward pass of one image raises the memory in use (on the CPU the resident
         set of a fresh process, known on Linux only); ``size``, ``input`` (the size after padding), ``device``, ``threads``,
@@ -70,7 +70,9 @@ def measure(
     forms: dict[str, Callable[[Tensor], Any]] = {"eager": module.eval(), "channels_last": channels_last(module), "fused": fast(module)}
     if onnx_path is not None and device.type == "cpu":
         forms["onnxruntime"] = load_onnx(onnx_path)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(), flop_counter() as flops:
+        module(image)
+    with torch.inference_mode(), ActivationCounter() as activations:
         module(image)
 
     latency: dict[str, dict[str, dict[str, float] | None]] = {form: {} for form in forms}
@@ -86,7 +88,8 @@ def measure(
     tell("memory")
     return {
         "params": sum(p.numel() for p in module.parameters()),
-        "flops": counter.get_total_flops(),
+        "flops": flops.get_total_flops(),
+        "activations": activations.total,
         "latency_ms": latency,
         "peak_memory_mib": peak_memory(module, image, smallest=task.example(spec, grid, size=(1,) * len(size)).to(device)),
         "size": list(size),

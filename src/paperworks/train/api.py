@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from paperworks import papers
 from paperworks.errors import InputError
 from paperworks.tasks import task
 from paperworks.tasks.base import Paper, grid_of
 from paperworks.tasks.contract import Task
+from paperworks.tasks.operations import flop_counter
 from paperworks.train.budget import Budget, parse_duration
 from paperworks.train.engine import Listener, Positions, bare, make_fabric, make_learner, probe
 from paperworks.train.engine import fit as train
@@ -178,7 +178,7 @@ def operations(paper: Paper, config: Any, data: Task) -> int | None:
         with torch.device("meta"):
             network = paper.build(data.spec, config).eval()
         given = data.example(data.spec, grid_of(network)).to("meta")
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             network(given)
     except Exception as error:  # whatever a network does with values that are not there
         log.debug("operations of %s are not known: %s", type(config), error)
