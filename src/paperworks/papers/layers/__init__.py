@@ -1,0 +1,1 @@
+"""Layers: parts that take a place in networks of other papers."""
