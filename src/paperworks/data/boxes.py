@@ -13,7 +13,6 @@ background. Boxes that stick out of the image are cut off at its border.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -49,6 +48,7 @@ from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image
 from paperworks.data.labels import read_json, read_settings
 from paperworks.data.layouts import SPLITS, Item, Problem, is_hidden
 from paperworks.data.packs import source_path
+from paperworks.data.sheets import cells
 from paperworks.errors import InputError
 
 MEMORY = 1 << 30
@@ -322,17 +322,10 @@ def _csv_files(root: Path) -> list[Path]:
     return [p for p in sorted([*root.glob("*.csv"), *root.glob("*/*.csv")]) if p.name not in splits.FILES and not is_hidden(p, root)]
 
 
-def _lines(path: Path) -> list[list[str]]:
-    try:
-        return [[c.strip() for c in row] for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines())]
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 with commas") from None
-
-
 def _columns(path: Path) -> tuple[dict[str, int], bool] | None:
     """Where a file's columns are, and whether its first line names them; None if it has no boxes."""
     try:
-        first = next((row for row in _lines(path) if any(row)), [])
+        first = next((row for row in cells(path) if any(row)), [])
     except InputError:
         return None
     header = [c.lower() for c in first]
@@ -351,11 +344,11 @@ def _csv(files: Sequence[Path]) -> Written:
         words = "".join(c if c.isalpha() else " " for c in path.stem.lower()).split()
         split = next((SPLITS[w] for w in (*words, path.parent.name.lower()) if w in SPLITS), None) if len(files) > 1 else None
         missing = set()
-        for number, row in enumerate(_lines(path), start=1):
+        for number, row in enumerate(cells(path), start=1):
             if not any(row) or (header and number == 1):
                 continue
-            cells = {c: row[i] if i < len(row) else "" for c, i in columns.items()}
-            written = cells["file"].replace("\\", "/")
+            found = {c: row[i] if i < len(row) else "" for c, i in columns.items()}
+            written = found["file"].replace("\\", "/")
             image = next(
                 (
                     f
@@ -376,10 +369,10 @@ def _csv(files: Sequence[Path]) -> Written:
                 name = unicodedata.normalize("NFC", str(PurePosixPath(written).with_suffix("")))
                 seen[image] = f"{path.stem}/{name}" if name in seen.values() else name
                 out.images.append(Item(name=seen[image], images=(image,), split=split))
-            corners = [cells[c] for c in ("xmin", "ymin", "xmax", "ymax")]
-            if any(corners) or cells["class"]:
+            corners = [found[c] for c in ("xmin", "ymin", "xmax", "ymax")]
+            if any(corners) or found["class"]:
                 out.rows[seen[image]].append(
-                    _Row(f"line {number} of {path.name}", tuple(_number(c) for c in corners), cells["class"], False)
+                    _Row(f"line {number} of {path.name}", tuple(_number(c) for c in corners), found["class"], False)
                 )
     return out
 

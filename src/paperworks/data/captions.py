@@ -9,7 +9,6 @@ a colour) or from COCO files of objects. An image that they do not name is one w
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections import Counter, defaultdict
@@ -28,6 +27,7 @@ from paperworks.data.fingerprint import Scan, summarise
 from paperworks.data.labels import read_json
 from paperworks.data.layouts import SPLITS, Item, Problem, is_hidden
 from paperworks.data.packs import source_path
+from paperworks.data.sheets import columns, records
 from paperworks.errors import InputError
 
 FILE = ("file", "filename", "file_name", "image", "image_name", "path")
@@ -158,30 +158,9 @@ def open_captions(source: str | Path, *, progress: Callable[[int, int], None] | 
 # --- sentences -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> list[dict[str, str]]:
-    """The rows of a table under the names of its first line, in lower case."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            rows = list(csv.DictReader(f))
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 with commas") from None
-    return [{(k or "").strip().lower(): v.strip() for k, v in row.items() if isinstance(v, str)} for row in rows]
-
-
-def _columns(path: Path) -> tuple[str, str] | None:
-    """Names of the file and of the caption column, if the first line has both."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            header = [c.strip().lower() for c in next(csv.reader(f), [])]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return None
-    file, caption = (next((c for c in header if c in names), None) for names in (FILE, CAPTION))
-    return (file, caption) if file and caption else None
-
-
 def _tables(path: Path) -> list[Path]:
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.suffix.lower() == ".csv" else []
-    return [p for p in files if _columns(p) is not None and not is_hidden(p, p.parent)]
+    return [p for p in files if columns(p, FILE, CAPTION) is not None and not is_hidden(p, p.parent)]
 
 
 def _notes(path: Path) -> list[Path]:
@@ -217,9 +196,9 @@ def _image(table: Path, written: str) -> Path | None:
 def _from_tables(files: list[Path]) -> _Said:
     out = _Said("CSV", files)
     for path in files:
-        file, caption = cast(tuple[str, str], _columns(path))
+        file, caption = cast(tuple[str, str], columns(path, FILE, CAPTION))
         missing = set()
-        for number, row in enumerate(_lines(path), start=2):
+        for number, row in enumerate(records(path), start=2):
             written, sentence, split = row.get(file, ""), row.get(caption, ""), row.get("split", "").lower()
             image = _image(path, written)
             if image is None:
@@ -293,7 +272,7 @@ def _objects(
 def _attributes(table: Path) -> dict[Path, list[str]]:
     """Of each image the attributes of its boxes, in the order of the lines."""
     out: dict[Path, list[str]] = defaultdict(list)
-    for row in _lines(table):
+    for row in records(table):
         written = next((row[name] for name in FILE if name in row), "")
         image = _image(table, written)
         if image is not None and any(value for key, value in row.items() if key not in FILE):

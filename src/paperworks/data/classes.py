@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -33,6 +32,7 @@ from paperworks.data.fingerprint import (
 from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image
 from paperworks.data.layouts import SPLITS, Item, Problem, is_hidden
 from paperworks.data.packs import source_path
+from paperworks.data.sheets import columns, records
 from paperworks.errors import InputError
 
 if TYPE_CHECKING:
@@ -102,8 +102,12 @@ class _Row:
 def looks_like_classes(path: Path) -> bool:
     """Class folders, a CSV of files and labels, or an npz with ``x_train``; from names and first lines alone."""
     if path.is_file():
-        return (path.suffix == ".csv" and _columns(path) is not None) or (path.suffix == ".npz" and "x_train" in _array_names(path))
-    if any((path / name).is_file() and _columns(path / name) is not None for name in ("labels.csv", "train.csv")):
+        return (path.suffix == ".csv" and columns(path, FILE_COLUMNS, LABEL_COLUMNS) is not None) or (
+            path.suffix == ".npz" and "x_train" in _array_names(path)
+        )
+    if any(
+        (path / name).is_file() and columns(path / name, FILE_COLUMNS, LABEL_COLUMNS) is not None for name in ("labels.csv", "train.csv")
+    ):
         return True
     if any("x_train" in _array_names(file) for file in path.glob("*.npz")):
         return True
@@ -180,7 +184,7 @@ def _find(path: Path, labelled: bool) -> tuple[str, list[_Row], list[Problem]]:
             return "arrays", _from_arrays(path), []
         raise InputError(f"{path} is no CSV and no npz; give those, or a folder of class folders")
     for name in ("labels.csv", "train.csv"):
-        if (path / name).is_file() and _columns(path / name) is not None:
+        if (path / name).is_file() and columns(path / name, FILE_COLUMNS, LABEL_COLUMNS) is not None:
             return _from_csv(path / name)
     for file in sorted(path.glob("*.npz")):
         if "x_train" in _array_names(file):
@@ -224,31 +228,14 @@ def _folders(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_dir() and not is_hidden(p, path))
 
 
-def _columns(path: Path) -> tuple[str, str] | None:
-    """Names of the file and of the label column, if the first line has both."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            header = [c.strip() for c in next(csv.reader(f), [])]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return None
-    file = next((c for c in header if c.lower() in FILE_COLUMNS), None)
-    label = next((c for c in header if c.lower() in LABEL_COLUMNS), None)
-    return (file, label) if file and label else None
-
-
 def _from_csv(path: Path) -> tuple[str, list[_Row], list[Problem]]:
-    columns = _columns(path)
-    if columns is None:
+    named = columns(path, FILE_COLUMNS, LABEL_COLUMNS)
+    if named is None:
         raise InputError(f"{path} has no header with the columns file and label; write file,label[,split] into its first line")
     rows: list[_Row] = []
     problems: list[Problem] = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            lines = [{(k or "").strip(): (v or "").strip() for k, v in line.items() if k} for line in csv.DictReader(f)]
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 with commas") from None
-    for number, line in enumerate(lines, start=2):
-        written, label = line[columns[0]], line[columns[1]]
+    for number, line in enumerate(records(path), start=2):
+        written, label = line[named[0]], line[named[1]]
         file = next((p for p in (path.parent / written, path.parent / "images" / written) if written and p.is_file()), None)
         split = line.get("split", "").lower()
         if file is None:

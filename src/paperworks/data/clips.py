@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import re
@@ -34,6 +33,7 @@ from paperworks.data.fingerprint import (
 from paperworks.data.images import IMAGE_SUFFIXES, guarded
 from paperworks.data.layouts import SPLITS, Item, Problem, is_hidden
 from paperworks.data.packs import source_path
+from paperworks.data.sheets import columns, records
 from paperworks.errors import InputError
 
 TABLE = "clips.csv"
@@ -136,7 +136,7 @@ def looks_like_clips(path: Path) -> bool:
     """``clips.csv``, or two class folders or more that hold videos or numbered frames in folders; from names and one line alone."""
     table = path / TABLE if path.is_dir() else path
     if table.name == TABLE and table.is_file():
-        return _columns(table) is not None
+        return columns(table, CLIP_COLUMNS, LABEL_COLUMNS) is not None
     return path.is_dir() and len({folder.name for folder, _ in _class_folders(path) if any(map(_named_like_a_clip, folder.iterdir()))}) > 1
 
 
@@ -217,30 +217,14 @@ def _from_folders(root: Path) -> list[_Row]:
     ]
 
 
-def _columns(path: Path) -> tuple[str, str] | None:
-    """Names of the clip and of the label column, if the first line has both."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            header = [c.strip() for c in next(csv.reader(f), [])]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return None
-    clip, label = (next((c for c in header if c.lower() in known), None) for known in (CLIP_COLUMNS, LABEL_COLUMNS))
-    return (clip, label) if clip and label else None
-
-
 def _from_csv(path: Path) -> tuple[list[_Row], list[Problem]]:
-    columns = _columns(path)
-    if columns is None:
+    named = columns(path, CLIP_COLUMNS, LABEL_COLUMNS)
+    if named is None:
         raise InputError(f"{path} has no header with the columns clip and label; write clip,label[,split] into its first line")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            lines = [{(k or "").strip(): (v or "").strip() for k, v in line.items() if isinstance(v, str)} for line in csv.DictReader(f)]
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 with commas") from None
     rows: dict[str, _Row] = {}
     problems: list[Problem] = []
-    for number, line in enumerate(lines, start=2):
-        name, label, split = line.get(columns[0], ""), line.get(columns[1], ""), line.get("split", "").lower()
+    for number, line in enumerate(records(path), start=2):
+        name, label, split = line[named[0]], line[named[1]], line.get("split", "").lower()
         film = next((p for p in (path.parent / name, path.parent / "clips" / name) if name and p.exists()), None)
         if film is None or not is_clip(film):
             what = f"names {name!r}, which is not there" if film is None else f"names {name!r}, which is no film"

@@ -6,7 +6,6 @@ whole image is 0, 0, width, height. Polygons run clockwise as one sees them (y p
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from scipy import ndimage
 from paperworks.data.folder import Folder, open_folder
 from paperworks.data.labels import IGNORE, read_json
 from paperworks.data.layouts import Item
+from paperworks.data.sheets import cells
 from paperworks.errors import InputError
 
 SMALLEST = 25
@@ -244,11 +244,7 @@ def read_boxes(path: Path) -> dict[str, list[tuple[Box, str]]]:
 
 
 def _csv_boxes(path: Path) -> list[tuple[str, str, list[Any], str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            table = [[cell.strip() for cell in row] for row in csv.reader(lines) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV ({type(error).__name__}); save it as UTF-8 with commas") from None
+    table = [row for row in cells(path) if row]
     head = [name.lower() for name in table[0]] if table else []
     edges = next((names for names in EDGES if set(names) <= set(head)), None)
     if edges is None or "file" not in head:
@@ -257,8 +253,8 @@ def _csv_boxes(path: Path) -> list[tuple[str, str, list[Any], str]]:
     for number, row in enumerate(table[1:], start=2):
         if len(row) != len(head):
             raise InputError(f"{path}, line {number}: {len(row)} cells where the first line has {len(head)}; correct it")
-        cells = dict(zip(head, row))
-        out.append((f"line {number}", cells["file"], [cells[edge] for edge in edges], cells.get("label", "")))
+        named = dict(zip(head, row))
+        out.append((f"line {number}", named["file"], [named[edge] for edge in edges], named.get("label", "")))
     return out
 
 

@@ -16,7 +16,6 @@ Where a value is known but not where it stands, one rule finds its segments (:fu
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import math
@@ -30,6 +29,7 @@ from paperworks.data.images import IMAGE_SUFFIXES
 from paperworks.data.labels import read_json
 from paperworks.data.layouts import Item, Problem, is_hidden
 from paperworks.data.packs import source_path
+from paperworks.data.sheets import records
 from paperworks.data.splits import FILES, assign
 from paperworks.errors import InputError
 
@@ -243,12 +243,7 @@ def _clean(text: str) -> str:
 
 
 def _table(path: Path) -> list[Page]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            rows = list(csv.DictReader(f))
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 with commas") from None
-    rows = [{(k or "").strip().lower(): v for k, v in row.items() if isinstance(v, str)} for row in rows]
+    rows = records(path)
     if not rows:
         raise InputError(f"{path} is empty; write a line for each segment under {','.join(COLUMNS)}")
     if lacking := [c for c in COLUMNS if c not in rows[0]]:
@@ -369,8 +364,7 @@ def _values(root: Path) -> dict[str, dict[str, str]]:
         if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
             raise InputError(f'{path} must be an object such as {{"page 1": {{"total": "9.30"}}}}')
         return {page: {k: _clean(str(v)) for k, v in found.items() if _clean(str(v))} for page, found in content.items()}
-    with path.open(encoding="utf-8-sig", newline="") as f:
-        rows = list(csv.DictReader(f))
+    rows = records(path, lower=False)
     if not rows or "page" not in rows[0]:
         raise InputError(f"{path} lacks the column 'page'; write page and a column for each field")
-    return {row["page"]: {k: _clean(v) for k, v in row.items() if k and k != "page" and isinstance(v, str) and _clean(v)} for row in rows}
+    return {row["page"]: {k: _clean(v) for k, v in row.items() if k and k != "page" and _clean(v)} for row in rows}

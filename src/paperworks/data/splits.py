@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import unicodedata
@@ -14,6 +13,7 @@ from typing import Any
 from paperworks.data.labels import read_json
 from paperworks.data.layouts import SPLITS, Item, Problem
 from paperworks.data.nifti import is_readable, stem
+from paperworks.data.sheets import cells
 from paperworks.errors import InputError
 
 SHARE = 0.2
@@ -167,11 +167,8 @@ def _group_rows(path: Path, groups: Any) -> list[tuple[str, str, str]]:
 
 def _csv_rows(path: Path) -> list[tuple[str, str, str]]:
     """Columns name, split and optionally group, in any order; a file without a header is read as name,split[,group]."""
-    try:
-        lines = [row for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if row]
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 with commas") from None
-    header = [c.strip().lower() for c in lines[0]] if lines else []
+    lines = [row for row in cells(path) if row]
+    header = [c.lower() for c in lines[0]] if lines else []
     columns = {c: i for i, c in enumerate(header)}
     name = next((columns[c] for c in ("name", "file", "filename", "image") if c in columns), None)
     if name is None:
@@ -180,14 +177,13 @@ def _csv_rows(path: Path) -> list[tuple[str, str, str]]:
         lines = lines[1:]
     rows = []
     for number, row in enumerate(lines, start=1):
-        cells = [c.strip() for c in row]
 
-        def cell(column: str, cells: list[str] = cells) -> str:
-            i = columns.get(column, len(cells))
-            return cells[i] if i < len(cells) else ""
+        def cell(column: str, row: list[str] = row) -> str:
+            i = columns.get(column, len(row))
+            return row[i] if i < len(row) else ""
 
         split = cell("split")
         if split and split.lower() not in SPLITS:
             raise InputError(f"{path}, row {number}: {split!r} is no split; write train, val or test")
-        rows.append((cells[name] if name < len(cells) else "", SPLITS[split.lower()] if split else "", cell("group")))
+        rows.append((row[name] if name < len(row) else "", SPLITS[split.lower()] if split else "", cell("group")))
     return rows

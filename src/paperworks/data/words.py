@@ -7,7 +7,6 @@ Crops of pages are made when they are asked for, and turned upright.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -29,6 +28,7 @@ from paperworks.data.images import IMAGE_SUFFIXES, read_header, read_image
 from paperworks.data.labels import read_json
 from paperworks.data.layouts import SPLITS, Item, Problem
 from paperworks.data.packs import source_path
+from paperworks.data.sheets import columns, records
 from paperworks.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ class WordFolder(Collection[WordItem]):
 def looks_like_words(path: Path) -> bool:
     """A table with the columns file and text, or pages with quadrilaterals and texts."""
     if path.is_file():
-        return path.suffix == ".csv" and _columns(path) is not None
-    if (path / TABLE).is_file() and _columns(path / TABLE) is not None:
+        return path.suffix == ".csv" and columns(path, FILE_COLUMNS, TEXT_COLUMNS) is not None
+    if (path / TABLE).is_file() and columns(path / TABLE, FILE_COLUMNS, TEXT_COLUMNS) is not None:
         return True
     if not (path / PAGES).is_file():
         return False
@@ -152,31 +152,14 @@ def crop(page: Shaped[np.ndarray, "H W C"], quad: Quad) -> Shaped[np.ndarray, "h
 # --- layouts -----------------------------------------------------------------------------------------------------------------------
 
 
-def _columns(path: Path) -> tuple[str, str] | None:
-    """Names of the file and of the text column, if the first line has both."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            header = [c.strip() for c in next(csv.reader(f), [])]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return None
-    file = next((c for c in header if c.lower() in FILE_COLUMNS), None)
-    text = next((c for c in header if c.lower() in TEXT_COLUMNS), None)
-    return (file, text) if file and text else None
-
-
 def _from_table(path: Path) -> tuple[list[WordItem], list[Problem]]:
-    columns = _columns(path)
-    if columns is None:
+    named = columns(path, FILE_COLUMNS, TEXT_COLUMNS)
+    if named is None:
         raise InputError(f"{path} has no header with the columns file and text; write file,text[,split] into its first line")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            lines = [{(k or "").strip(): v or "" for k, v in line.items() if k} for line in csv.DictReader(f)]
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 with commas") from None
     items: dict[str, WordItem] = {}
     problems: list[Problem] = []
-    for number, line in enumerate(lines, start=2):
-        name, text, split = line[columns[0]].strip(), line[columns[1]].strip(), line.get("split", "").strip().lower()
+    for number, line in enumerate(records(path), start=2):
+        name, text, split = line[named[0]], line[named[1]], line.get("split", "").lower()
         file = next((p for p in (path.parent / name, path.parent / "images" / name) if name and p.is_file()), None)
         if file is None:
             problems.append(Problem(path, f"row {number} names {name!r}, which is not there", "correct the name or remove the row"))
