@@ -1,0 +1,1 @@
+"""Adaptive inference: networks that decide for each image what is computed."""
