@@ -134,6 +134,7 @@ class Captions(Task):
     name = "captions"
     pack = "pack:digit_scenes"
     metric = "cider_d"
+    agrees = ("channels",)  # other words and objects are no hindrance
     metric_names = {
         "cider_d": ("CIDEr-D", "CIDEr-D", 1),
         "cider": ("CIDEr", "CIDEr", 1),
@@ -181,11 +182,7 @@ class Captions(Task):
         self.data = open_captions(source, progress=progress)
         self.source, self.sha256 = self.data.source, self.data.fingerprint.sha256
         self.train, self.val = self.data.split("train"), self.data.split("val")
-        if not self.train or not self.val:
-            raise InputError(
-                f"{self.source}: {len(self.train)} training and {len(self.val)} validation images with captions; "
-                "add images, or say which is which in splits.json"
-            )
+        self.enough(self.source, "images with captions", add="images")
         said = [[tokens(c) for c in item.captions] for item in self.train]
         everything = [words for of_image in said for words in of_image]
         words = vocabulary(everything)
@@ -209,13 +206,6 @@ class Captions(Task):
     def describe(self) -> dict[str, Any]:
         """What the data say of themselves, and how many words they have."""
         return {**self.data.describe(), "words": len(self.spec.more["words"]), "longest": self.spec.more["length"] - 1}
-
-    def check(self, spec: Spec) -> None:
-        """Refuse images with other channels; other words and objects are no hindrance."""
-        if self.spec.channels != spec.channels:
-            raise InputError(
-                f"{self.source} has {self.spec.channels} channels where the model was trained on {spec.channels}; give data of the same kind"
-            )
 
     # Training
 

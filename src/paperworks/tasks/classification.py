@@ -148,11 +148,7 @@ class Classification(Task):
         self.source = str(source)
         self.sha256 = self.folder.fingerprint.sha256
         self.train, self.val = self.folder.train, self.folder.val
-        if not self.train or not self.val:
-            raise InputError(
-                f"{source}: {len(self.train)} training and {len(self.val)} validation images with labels; "
-                "add images, or say which is which in splits.json"
-            )
+        self.enough(source, "images with labels", add="images")
         if len(self.folder.classes) < 2:
             raise InputError(f"{source} holds one class only; there is nothing to tell apart")
         self.spec = spec_of(self.name, self.folder.fingerprint, self.folder.classes)

@@ -41,7 +41,6 @@ from paperworks.data.outlines import (
     resampled,
     traced,
 )
-from paperworks.errors import InputError
 from paperworks.files import atomic, write_json
 from paperworks.tasks import drawing
 from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of, spec_of
@@ -82,6 +81,7 @@ class Contours(Task):
     noun = ("object", "objects", "目标")
     pack = "pack:nuclei"
     metric = "iou"
+    agrees = ("channels",)  # a contour is one whatever its class
     metric_names = {
         "iou": ("IoU", "交并比", 1),
         "boundary_f": ("Boundary F", "边界 F 值", 1),
@@ -125,10 +125,7 @@ class Contours(Task):
         folder = self.data.folder
         self.source, self.sha256 = str(source), folder.fingerprint.sha256
         self.train, self.val = self.data.split("train"), self.data.split("val")
-        if not self.train or not self.val:
-            raise InputError(
-                f"{source}: {len(self.train)} training and {len(self.val)} validation objects; add images, or say which is which in splits.json"
-            )
+        self.enough(source, "objects", add="images")
         self.spec = spec_of(self.name, folder.fingerprint, self.data.classes)
 
     def describe(self) -> dict[str, Any]:
@@ -145,17 +142,6 @@ class Contours(Task):
             "object_sides": {"min": min(sides), "median": float(np.median(sides)), "max": max(sides)},
             "too_small": self.data.left_out,
         }
-
-    def check(self, spec: Spec) -> None:
-        """Refuse images of other channels; a contour is one whatever its class.
-
-        Raises:
-            InputError: other channels.
-        """
-        if self.spec.channels != spec.channels:
-            raise InputError(
-                f"{self.source} has {self.spec.channels} channels where the model was trained on {spec.channels}; give images of the same kind"
-            )
 
     # Training
 

@@ -172,6 +172,9 @@ class Task(ABC):
     suffix: ClassVar[str] = ".png"
     """Ending of the file that a prediction is written to."""
 
+    agrees: ClassVar[tuple[str, ...]] = ("classes", "channels")
+    """Of the spec, what data must have in common with a network that is measured on them."""
+
     source: str
     """As a person named it."""
     sha256: str
@@ -206,13 +209,25 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """Everything that a person wants to know before training, as plain values for JSON: ``classes`` and ``problems`` among them."""
 
+    def enough(self, source: str | Path, what: str, *, add: str, validation: int = 1) -> None:
+        """Refuse data with nothing to learn from or to judge by.
+
+        Raises:
+            InputError: no training items, or fewer than ``validation`` validation items.
+        """
+        if not self.train or len(self.val) < validation:
+            raise InputError(
+                f"{source}: {len(self.train)} training and {len(self.val)} validation {what}; add {add}, or say which is which in splits.json"
+            )
+
     def check(self, spec: Spec) -> None:
         """Refuse data on which a network built for ``spec`` cannot be measured.
 
         Raises:
             InputError: other classes or channels.
         """
-        for what, ours, theirs in (("classes", self.spec.classes, spec.classes), ("channels", self.spec.channels, spec.channels)):
+        for what in self.agrees:
+            ours, theirs = getattr(self.spec, what), getattr(spec, what)
             if ours != theirs:
                 raise InputError(f"{self.source} has {what} {ours} where the model was trained on {theirs}; give data of the same kind")
 

@@ -115,11 +115,7 @@ class Detection(Task):
         self.data: Boxes = open_boxes(source, progress=progress)
         self.source, self.sha256 = self.data.source, self.data.fingerprint.sha256
         self.train, self.val = self.data.split("train"), self.data.split("val")
-        if not self.train or not self.val:
-            raise InputError(
-                f"{self.source}: {len(self.train)} training and {len(self.val)} validation images with boxes; "
-                "add images, or say which is which in splits.json"
-            )
+        self.enough(self.source, "images with boxes", add="images")
         if not any(not o.crowd for i in self.train for o in i.objects):
             raise InputError(f"{self.source}: there is no object in any of the {len(self.train)} training images; add boxes")
         self.spec = spec_of(self.name, self.data.fingerprint, self.data.classes)

@@ -420,10 +420,7 @@ class Documents(Task):
             raise InputError(
                 f"{source} says no values; add a column field to the tables, or fields.csv with page and a column for each field"
             )
-        if not self.train or not self.val:
-            raise InputError(
-                f"{source}: {len(self.train)} training and {len(self.val)} validation pages with fields; add pages, or say which is which in splits.json"
-            )
+        self.enough(source, "pages with fields", add="pages")
         counts = sorted(len(page.segments) for page in self.train)
         self.spec = self._spec(self.data.names, counts[len(counts) // 2])
 

@@ -225,10 +225,7 @@ class Generation(Task):
         self.source, self.sha256 = self.folder.source, print_.sha256
         self.train: Sequence[Any] = self.folder.train
         self.val: Sequence[Any] = self.folder.val
-        if not self.train or not self.val:
-            raise InputError(
-                f"{self.source}: {len(self.train)} training and {len(self.val)} validation images; add images, or say which is which in splits.json"
-            )
+        self.enough(self.source, "images", add="images")
         side = max(min(*print_.median_size, LARGEST) // STEP, 2) * STEP
         self.spec = self._spec(print_.channels, side, (float(print_.range[0]), float(print_.range[1])))
 

@@ -32,7 +32,6 @@ from torchmetrics.text import CharErrorRate
 from torchvision import tv_tensors
 
 from paperworks.data.words import WordItem, looks_like_words, open_words
-from paperworks.errors import InputError
 from paperworks.files import atomic
 from paperworks.tasks.base import Batch, Grid, Output, Recipe, Sample, Spec, grid_of, spec_of
 from paperworks.tasks.contract import Deployed, Model, Options, Predict, Progress, Task, mean_of
@@ -196,6 +195,7 @@ class TextReading(Task):
     noun = ("word", "words", "词图")
     pack = "pack:receipt_amounts"
     metric = "accuracy"
+    agrees = ("channels",)  # a character that a network does not know is an error of its reading
     metric_names = {
         "accuracy": ("Word accuracy", "整词准确率", 1),
         "accuracy_plain": ("Word accuracy, letters and digits", "整词准确率（仅字母数字）", 1),
@@ -233,10 +233,7 @@ class TextReading(Task):
         self.folder = open_words(source, progress=progress)
         self.source, self.sha256 = str(source), self.folder.fingerprint.sha256
         self.train, self.val = self.folder.split("train"), self.folder.split("val")
-        if not self.train or not self.val:
-            raise InputError(
-                f"{source}: {len(self.train)} training and {len(self.val)} validation texts; add images, or say which is which in splits.json"
-            )
+        self.enough(source, "texts", add="images")
         print_ = self.folder.fingerprint
         self.spec = spec_of(self.name, print_, self.folder.alphabet, more={"longest": max(len(i.text) for i in self.train)})
 
@@ -248,17 +245,6 @@ class TextReading(Task):
     def describe(self) -> dict[str, Any]:
         """What the folder says of itself."""
         return {"task": self.name, **self.folder.describe()}
-
-    def check(self, spec: Spec) -> None:
-        """Any texts can be judged; a character that a network does not know is an error of its reading.
-
-        Raises:
-            InputError: other channels.
-        """
-        if self.spec.channels != spec.channels:
-            raise InputError(
-                f"{self.source} has channels {self.spec.channels} where the model was trained on {spec.channels}; give data of the same kind"
-            )
 
     def sample(self, item: WordItem) -> Sample:
         """One crop with its text."""

@@ -157,6 +157,7 @@ class Representation(Task):
     name = "representation"
     pack = "pack:cifar10_subset"
     metric = "retrieval"
+    agrees = ("channels",)  # classes may be others than in training
     metric_names = {
         "retrieval": ("Nearest is alike", "最近邻同类率", 1),
         "knn": ("k-NN accuracy", "k 近邻准确率", 1),
@@ -211,10 +212,7 @@ class Representation(Task):
         self.source = str(source)
         self.sha256 = self.folder.fingerprint.sha256
         self.train, self.val = self.folder.train, self.folder.val
-        if not self.train or len(self.val) < 2:
-            raise InputError(
-                f"{source}: {len(self.train)} training and {len(self.val)} validation images; add images, or say which is which in splits.json"
-            )
+        self.enough(source, "images", add="images", validation=2)
         seen = {i.label for i in self.train if i.label is not None}
         order = sorted(range(len(self.folder.classes)), key=lambda k: k not in seen)
         self.index = {k: n for n, k in enumerate(order)}
@@ -229,17 +227,6 @@ class Representation(Task):
     def describe(self) -> dict[str, Any]:
         """What the folder says of itself."""
         return {"task": self.name, **self.folder.describe()}
-
-    def check(self, spec: Spec) -> None:
-        """Classes may be others than in training; channels may not.
-
-        Raises:
-            InputError: other channels.
-        """
-        if self.spec.channels != spec.channels:
-            raise InputError(
-                f"{self.source} has {self.spec.channels} channels where the model was trained on {spec.channels}; give data of the same kind"
-            )
 
     def sample(self, item: ClassItem) -> Sample:
         """One image with its label."""

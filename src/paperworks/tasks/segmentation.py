@@ -112,11 +112,7 @@ class Segmentation(Task):
         self.sha256 = self.folder.fingerprint.sha256
         self.train = self.folder.train
         self.val = self.folder.val
-        if not self.train or not self.val:
-            raise InputError(
-                f"{self.folder.source}: {len(self.train)} training and {len(self.val)} validation images with masks; "
-                "add images, or say which is which in splits.json"
-            )
+        self.enough(self.folder.source, "images with masks", add="images")
         if len(self.folder.class_names) < 2:
             raise InputError(f"{self.folder.source}: the masks hold one class only; there is nothing to tell apart")
         self.spec = spec_of(self.name, self.folder.fingerprint, self.folder.class_names, instances=self.folder.instances)

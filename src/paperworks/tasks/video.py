@@ -180,10 +180,7 @@ class Video(Classification):
         self.source = str(source)
         self.sha256 = self.folder.fingerprint.sha256
         self.train, self.val = self.folder.split("train"), self.folder.split("val")
-        if not self.train or not self.val:
-            raise InputError(
-                f"{source}: {len(self.train)} training and {len(self.val)} validation films with labels; add films, or say which is which in splits.json"
-            )
+        self.enough(source, "films with labels", add="films")
         if len(self.folder.classes) < 2:
             raise InputError(f"{source} holds one class only; there is nothing to tell apart")
         frames, *size = self.folder.fingerprint.median_size
