@@ -109,16 +109,16 @@ class GlobalContext(nn.Module):
         nn.init.normal_(last.weight, std=config.start)
         nn.init.zeros_(last.bias)
 
-    def attention(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 1 N"]:
+    def attention(self, cells: Float[Tensor, "B D N"]) -> Float[Tensor, "B 1 N"]:
         """The weights of all positions, the same for each query."""
         if self.mask is None:
-            return x.new_full((x.shape[0], 1, x.shape[2] * x.shape[3]), 1 / (x.shape[2] * x.shape[3]))
-        return F.conv2d(x, self.mask.weight[:, :, None, None], self.mask.bias).flatten(2).softmax(2)
+            return cells.new_full((cells.shape[0], 1, cells.shape[2]), 1 / cells.shape[2])
+        return (self.mask.weight @ cells + self.mask.bias).softmax(2)
 
     def forward(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
         """Pool, transform, fuse."""
-        context = x.mean((2, 3)) if self.mask is None else (x.flatten(2) @ self.attention(x).mT)[:, :, 0]
-        change = self.transform(context)[:, :, None, None]
+        cells = x.flatten(2)
+        change = self.transform((cells @ self.attention(cells).mT)[:, :, 0])[:, :, None, None]
         return x * change.sigmoid() if self.scale else x + change
 
 
@@ -340,18 +340,17 @@ VARIANTS = {
     "r101+gc_r4": Config(depth=101, block=replace(GC, ratio=4)),
     "small": Config(depth=18, width=16, stem="cifar", block=LITTLE, image_size=None),
     "small_nl": Config(depth=18, width=16, stem="cifar", block=replace(NL, start=0.01), single=True, image_size=None),
-    "test": Config(depth=18, width=4, stem="cifar", block=replace(LITTLE, ratio=2), image_size=None),
-    "test_nl": Config(depth=18, width=4, stem="cifar", block=replace(NL, start=0.01), single=True, image_size=None),
+    "test": Config(depth=18, width=4, stem="cifar", block=replace(LITTLE, ratio=2), image_size=32),
 }
 
 
 def recipe(config: Config) -> Recipe:
     """ImageNet as it is usually trained, with a cosine; a laptop's own for small images."""
-    if config.image_size is None:
+    if config.stem == "cifar":
         view = View(area=(0.5, 1.0), jitter_chance=0, grey=0)
         return Recipe(lr=2e-3, weight_decay=0.05, batch_size=50, average=0.98, augment=view)
     view = View(area=(0.08, 1.0), jitter_chance=0, grey=0)
-    return Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-4, batch_size=256, patch=config.image_size, augment=view)
+    return Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-4, batch_size=256, patch=config.image_size or 224, augment=view)
 
 
 def build(spec: Spec, config: Config) -> GCNet:
