@@ -202,7 +202,7 @@ def test_block_is_the_general_architecture(evidence):
     bare = one * Pooling()(block.norms[0](x))
     assert relative(block(x), bare + branch) > 0.1
     assert len(Block(8, Pooling(), replace(LITTLE, channel_mlp=False), 0.0, scaled=False).branches) == 1
-    assert isinstance(Block(8, Pooling(), replace(LITTLE, norm="none"), 0.0, scaled=False).norms[0], nn.Identity)
+    assert isinstance(Block(8, Pooling(), replace(LITTLE, norm="off"), 0.0, scaled=False).norms[0], nn.Identity)
     evidence.property("block: norm, mixer, layer scale, shortcut, norm, MLP of two 1x1 with exact GELU, layer scale, shortcut; by hand")
 
 

@@ -22,7 +22,7 @@ STEPS = 150
 MIXERS = ("identity", "random", "pooling", "attention")
 REMOVED: dict[str, dict[str, Any]] = {
     "no_shortcut": {"residual": False},
-    "no_norm": {"norm": "none"},
+    "no_norm": {"norm": "off"},
     "no_mlp": {"channel_mlp": False},
 }
 

@@ -47,7 +47,7 @@ class Config:
     """Stride of the first embedding; None takes the smallest from 2 on that leaves at most 32 cells a side."""
     head_width: int = 32
     """Channels of an attention head."""
-    norm: Literal["image", "cell", "none"] = "image"
+    norm: Literal["image", "cell", "off"] = "image"
     """Statistics over channels and cells of an image ("modified LayerNorm"), over the channels of a cell, or no norm (table 5)."""
     residual: bool = True
     """Without shortcuts (table 5) nothing is learned."""
@@ -86,7 +86,7 @@ class CellNorm(nn.LayerNorm):
 
 def normed(width: int, config: Config) -> nn.Module:
     """The norm in front of a branch."""
-    if config.norm == "none":
+    if config.norm == "off":
         return nn.Identity()
     eps, bias = (1e-6, False) if config.later else (1e-5, True)
     return ImageNorm(width, eps, bias) if config.norm == "image" else CellNorm(width, eps, bias=bias)
