@@ -1,4 +1,4 @@
-"""The same network with less to do: batch norms folded into their convolutions, weights laid out for the processor."""
+"""The same network with less to do: branches merged, batch norms folded into their convolutions, weights laid out for the processor."""
 
 from __future__ import annotations
 
@@ -35,9 +35,14 @@ def fused(module: nn.Module) -> nn.Module:
 
     At evaluation a batch norm is y = a x + b per channel, which the weights and the bias of the convolution before it can do as well.
     Only neighbours within a plain ``nn.Sequential`` are joined, where the order of the children is the order of the computation; any
-    other batch norm stays.
+    other batch norm stays. A part with a method ``merged()``, which is trained as several branches, gives way to the one layer that
+    it makes of them.
     """
     copy = deepcopy(module).eval()
+    for parent in list(copy.modules()):
+        for at, part in list(parent.named_children()):
+            if callable(merged := getattr(part, "merged", None)):
+                setattr(parent, at, merged())
     for part in list(copy.modules()):
         if isinstance(part, nn.Sequential) and type(part).forward is nn.Sequential.forward:
             for (at, layer), (after, norm) in pairwise(list(part.named_children())):
