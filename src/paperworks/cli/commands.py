@@ -159,6 +159,22 @@ def show(paper: PaperId, language: Annotated[str, typer.Option("--lang", help="e
 
 
 @app.command()
+def gallery(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the site; one that is there is written again.")] = Path("gallery"),
+) -> None:
+    """The whole archive as a site that opens from the disk: notes beside code, claims, evidence, costs, in English and Chinese.
+
+    Example: paperworks gallery --out site
+    """
+    from paperworks.cli.progress import counting
+    from paperworks.gallery.site import build
+
+    with counting("writing pages") as progress:
+        first = build(out, progress=progress)
+    print(f"gallery {first}")
+
+
+@app.command()
 def data(
     path: Data,
     task: Annotated[str | None, typer.Option("--task", help="Read it as data of this task; default: what it looks like.")] = None,
