@@ -1,0 +1,1 @@
+"""TernaryNet (Heinrich et al. 2018): weights and activations of -1, 0 and 1, convolutions of bits."""
