@@ -1,0 +1,1 @@
+"""Search: networks whose architecture is found by a program."""
