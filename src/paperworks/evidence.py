@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import io
 import json
@@ -46,7 +47,7 @@ def code_hash(*files: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(_with_imports(set(files))):
         digest.update(path.name.encode())
-        digest.update(_tokens(path.read_text(encoding="utf-8")).encode())
+        digest.update(_tokens(path.read_text(encoding="utf-8")))
     return digest.hexdigest()[:16]
 
 
@@ -55,15 +56,26 @@ def _with_imports(files: set[Path]) -> set[Path]:
     while todo:
         path = todo.pop()
         seen.add(path)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("paperworks.nn", "paperworks.papers.")):
-                base = PACKAGE.joinpath(*node.module.split(".")[1:])
-                found = {base.with_suffix(".py"), *(base / f"{a.name}.py" for a in node.names)}
-                todo |= {p for p in found if p.exists()} - seen
+        for module, names in _imports(path.read_text(encoding="utf-8")):
+            base = PACKAGE.joinpath(*module.split(".")[1:])
+            found = {base.with_suffix(".py"), *(base / f"{name}.py" for name in names)}
+            todo |= {p for p in found if p.exists()} - seen
     return seen
 
 
-def _tokens(source: str) -> str:
+@functools.lru_cache(1024)
+def _imports(source: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(module, names) of what a module takes from ``paperworks.nn`` and the papers."""
+    return tuple(
+        (node.module, tuple(a.name for a in node.names))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("paperworks.nn", "paperworks.papers."))
+    )
+
+
+@functools.lru_cache(1024)
+def _tokens(source: str) -> bytes:
+    """What a module does, without what only people read."""
     tree = ast.parse(source)
     docstrings = set()
     for node in ast.walk(tree):
@@ -81,4 +93,4 @@ def _tokens(source: str) -> str:
             out.pop()  # a formatter's, at the end of a line; that of a tuple of one stands before its bracket
         comma = token.start[0]
         out.append({tokenize.INDENT: ">", tokenize.DEDENT: "<"}.get(token.type, token.string))
-    return " ".join(out)
+    return " ".join(out).encode()

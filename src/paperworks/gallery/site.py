@@ -16,7 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
-from paperworks import __version__, evidence, papers, tasks
+from paperworks import __version__, evidence, papers
 from paperworks.errors import InputError
 from paperworks.files import atomic, occupied
 from paperworks.gallery.markdown import Note, definitions, render_code, render_note
@@ -160,17 +160,17 @@ def _paper(one: Entry, out: Path) -> dict[str, Any]:
 def _task(name: str, members: Sequence[Entry]) -> dict[str, Any]:
     """The papers of a task, apart by the data on which they were used; the metric is better the larger it is, or the smaller."""
     groups = []
-    contract = tasks.task(name)
     packs = dict.fromkeys(e.usable["pack"] for e in members if "value" in e.usable)
     for place, pack in enumerate(packs):
         rows = [e for e in members if e.usable.get("pack") == pack and "value" in e.usable]
         metric = rows[0].usable["metric"]
         better = 1 if rows[0].usable.get("higher_is_better", True) else -1
         rows.sort(key=lambda e: -better * e.usable["value"])
-        said = contract.metric_names.get(metric, (metric, metric, better))
+        known = [(e.claim.get("metric_names") or {}).get(metric) for e in members]
+        said = tuple(next((names for names in known if names), (metric, metric))[:2])
         points = [Point(e.card.name, i, e.latency, e.usable["value"]) for i, e in enumerate(rows) if e.latency]
-        chart = front_chart(f"front{place}", ("Latency, ms", "延迟（毫秒）"), said[:2], better, points, []) if len(points) > 1 else None
-        groups.append({"pack": pack, "metric": both(*said[:2]), "rows": rows, "chart": chart})
+        chart = front_chart(f"front{place}", ("Latency, ms", "延迟（毫秒）"), said, better, points, []) if len(points) > 1 else None
+        groups.append({"pack": pack, "metric": both(*said), "rows": rows, "chart": chart})
     return {"task": name, "groups": groups, "others": [e for e in members if "value" not in e.usable]}
 
 
