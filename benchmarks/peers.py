@@ -27,7 +27,16 @@ PEERS = {
     "convnext/tiny": "convnext_tiny",
     "vit/s/16": "vit_small_patch16_224",
     "vit/b/16": "vit_base_patch16_224",
-    "efficientnet/b0": "efficientnet_b0",
+    "efficientnet/b0": "tf_efficientnet_b0",
+    "metaformer/poolformer_s12": "poolformer_s12",
+    "metaformer/convformer_s18": "convformer_s18",
+    "metaformer/caformer_s18": "caformer_s18",
+    "dla/34": "dla34",
+    "dla/60": "dla60",
+    "inception_v4/v4": "inception_v4",
+    "inception_v4/resnet_v2": "inception_resnet_v2",
+    "inception_v4/v3": "inception_v3",
+    "nasnet/large": "nasnetalarge",
 }
 """Our paper/variant -> timm's name."""
 SIDES = {"inception_v4": 299, "inception_resnet_v2": 299, "inception_v3": 299, "nasnetalarge": 331}
