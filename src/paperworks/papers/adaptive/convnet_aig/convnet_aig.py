@@ -204,7 +204,7 @@ class ConvNetAIG(nn.Module):
 
     def decided(self, i: int, x: Float[Tensor, "B D h w"]) -> Float[Tensor, " B"]:
         """Which images block i is executed for; all where it has no gate."""
-        return self.gates[str(i)](x) if str(i) in self.gates else x.new_ones(len(x))
+        return self.gates[str(i)](x) if str(i) in self.gates else x.new_ones(x.shape[0])
 
     def routed(
         self, image: Float[Tensor, "B C H W"], given: Float[Tensor, "B N"] | None = None
