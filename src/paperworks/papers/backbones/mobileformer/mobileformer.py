@@ -302,7 +302,7 @@ class MobileFormer(nn.Module):
     def run(self, image: Float[Tensor, "B C H W"]) -> tuple[list[Tensor], Tensor]:
         """Features of each resolution, and the tokens that the last Mobile to Former leaves; without a Former, tokens are empty."""
         x = self.lite(self.stem(image))
-        z = x.new_empty(0) if self.tokens is None else self.tokens.expand(x.shape[0], -1, -1)
+        z = x.new_empty(0) if self.tokens is None else self.tokens.repeat(x.shape[0], 1, 1)
         features = [x]
         for block, step in zip(self.blocks, self.steps):
             x, z = block(x, z)
