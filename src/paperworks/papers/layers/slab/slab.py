@@ -109,7 +109,7 @@ class Affine(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """One multiplication and one addition."""
-        return torch.addcmul(self.shift, x, self.scale)
+        return self.scale * x + self.shift
 
 
 class PRepBN(nn.Module):
@@ -130,7 +130,7 @@ class PRepBN(nn.Module):
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """The mixture; RepBN gathers its statistics from the first step."""
         y = self.rep(x)
-        return torch.lerp(y, self.layer_norm(x), self.weight) if self.training and self.weight else y
+        return self.weight * self.layer_norm(x) + (1 - self.weight) * y if self.training and self.weight else y
 
     def merged(self) -> Affine:
         """The same in evaluation, without statistics."""
