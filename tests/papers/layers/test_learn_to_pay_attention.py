@@ -146,7 +146,7 @@ def test_parametrised_maps_do_not_depend_on_g_and_those_of_the_dot_product_do(ev
     images, others = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
     small = replace(VARIANTS["test"], width=8)
     for config, moves in ((PC, False), (DP, True)):
-        net = built(replace(small, head=config))
+        net = built(replace(small, attend=config))
         own, exchanged = net.attention(images), net.attention(images, query=others)
         assert [m.shape for m in own] == [(2, 32, 32), (2, 16, 16), (2, 8, 8)]
         for m in own:
@@ -157,7 +157,7 @@ def test_parametrised_maps_do_not_depend_on_g_and_those_of_the_dot_product_do(ev
 
 def test_no_gradient_reaches_g_through_a_parametrised_map(evidence):
     for config, learns in ((PC, False), (DP, True)):
-        net = built(replace(VARIANTS["test"], head=config))
+        net = built(replace(VARIANTS["test"], attend=config))
         net(torch.randn(4, 3, 32, 32))["logits"].square().sum().backward()
         steps = [float(p.grad.abs().max()) for name, p in net.named_parameters() if name.startswith("describe")]
         body = max(float(p.grad.abs().max()) for name, p in net.named_parameters() if name.startswith("body"))
@@ -236,8 +236,11 @@ def test_head_on_other_backbones(evidence, host, count):
 def test_hosts_that_do_not_fit_say_so():
     with pytest.raises(InputError, match="no pyramid"):
         put(nn.Linear(2, 2), PC)
-    net = built(VARIANTS["test"])
-    assert headless(net) == 10
+    assert headless(convnext.ConvNeXt(3, 7, 32, convnext.VARIANTS["test"])) == 7
+    talkative = convnext.ConvNeXt(3, 5, 32, convnext.VARIANTS["test"])
+    talkative.forward = lambda image: {"logits": image, "gates": image}
+    with pytest.raises(InputError, match="more than logits: gates"):
+        put(talkative, PC)
     scattered = convnext.ConvNeXt(3, 5, 32, convnext.VARIANTS["test"])
     scattered.head_parameters = lambda: [scattered.norm.weight, scattered.head.weight]
     with pytest.raises(InputError, match="no module of its own"):

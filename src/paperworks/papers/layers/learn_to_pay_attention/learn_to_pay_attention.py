@@ -51,7 +51,7 @@ class Attention:
 class Config:
     """A body with an attending head."""
 
-    head: Attention = Attention()
+    attend: Attention = Attention()
     body: Literal["vgg", "resnet"] = "vgg"
     width: int = 64
     """Channels of the VGG's first convolution, 16 of the ResNet's."""
@@ -261,7 +261,7 @@ def build(spec: Spec, config: Config) -> Attending:
     side = int(config.image_size or image_side(spec))
     body = (VGG if config.body == "vgg" else ResNet)(spec.channels, side, config.width, config.depths)
     width = body.widths[-1]
-    network = Attending(body, describing(config.body, width), width, len(spec.classes), config.head)
+    network = Attending(body, describing(config.body, width), width, len(spec.classes), config.attend)
     he_init(network)
     return network
 
@@ -273,46 +273,56 @@ def put(network: nn.Module, config: Attention) -> Attending:
     """An attending head on another paper's backbone, in its classifier's place; g is a linear map of the average over the last map.
 
     Raises:
-        InputError: it has no ``pyramid``, or no classifier that can be told from the rest.
+        InputError: it is no backbone, or has no classifier that can be told from the rest.
     """
-    if not hasattr(network, "pyramid") or not hasattr(network, "head_parameters"):
-        raise InputError(f"{type(network).__name__} has no pyramid of features, or no classifier of its own")
     classes, width = headless(network), int(network.widths[-1])  # pyright: ignore[reportIndexIssue, reportArgumentType]
     describe = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, width))
     return Attending(network, describe, width, classes, config)
 
 
 def headless(network: nn.Module) -> int:
-    """Take a network's classifier away; how many classes it told apart.
+    """Take a backbone's classifier away; how many classes it told apart.
 
     Raises:
-        InputError: no module holds the parameters of ``head_parameters()`` and nothing else.
+        InputError: it has no ``pyramid``, answers with more than logits (its loss would miss them), or no module holds the parameters of
+            ``head_parameters()`` and nothing else.
     """
+    name, first = type(network).__name__, next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or not hasattr(network, "pyramid") or not hasattr(network, "head_parameters"):
+        raise InputError(f"{name} has no pyramid of features, or no classifier of its own")
+    training, side = network.training, grid_of(network).fit(64)
+    with torch.no_grad():
+        answer = network.eval()(torch.zeros(1, first.in_channels, side, side, device=first.weight.device))
+    network.train(training)
+    if set(answer) != {"logits"}:
+        raise InputError(
+            f"{name} answers with more than logits: {', '.join(sorted(set(answer) - {'logits'}))}; another head would drop them"
+        )
     own = list(network.head_parameters())  # pyright: ignore[reportCallIssue]
-    for name, module in network.named_modules():
-        if name and {id(p) for p in module.parameters()} == {id(p) for p in own}:
-            parent, _, last = name.rpartition(".")
+    for place, module in network.named_modules():
+        if place and {id(p) for p in module.parameters()} == {id(p) for p in own}:
+            parent, _, last = place.rpartition(".")
             setattr(network.get_submodule(parent), last, nn.Identity())
             return own[-1].shape[0]  # of the last layer's bias, or weight
-    raise InputError(f"the classifier of {type(network).__name__} is no module of its own")
+    raise InputError(f"the classifier of {name} is no module of its own")
 
 
 PC, DP = Attention(), Attention(compatibility="dot")
-RN = Config(body="resnet", width=16, depths=(18, 18, 18), head=replace(PC, levels=2, dropout=0.3))
+RN = Config(body="resnet", width=16, depths=(18, 18, 18), attend=replace(PC, levels=2, dropout=0.3))
 VARIANTS = {
-    "vgg": Config(head=replace(PC, levels=0)),
-    "vgg_att1_concat_pc": Config(head=replace(PC, levels=1)),
-    "vgg_att2_concat_pc": Config(head=replace(PC, levels=2)),
-    "vgg_att2_concat_dp": Config(head=replace(DP, levels=2)),
-    "vgg_att2_indep_pc": Config(head=replace(PC, levels=2, combine="indep")),
-    "vgg_att3_concat_pc": Config(head=PC),
-    "vgg_att3_concat_dp": Config(head=DP),
-    "vgg_att3_indep_pc": Config(head=replace(PC, combine="indep")),
-    "rn164": replace(RN, head=replace(RN.head, levels=0)),
+    "vgg": Config(attend=replace(PC, levels=0)),
+    "vgg_att1_concat_pc": Config(attend=replace(PC, levels=1)),
+    "vgg_att2_concat_pc": Config(attend=replace(PC, levels=2)),
+    "vgg_att2_concat_dp": Config(attend=replace(DP, levels=2)),
+    "vgg_att2_indep_pc": Config(attend=replace(PC, levels=2, combine="indep")),
+    "vgg_att3_concat_pc": Config(attend=PC),
+    "vgg_att3_concat_dp": Config(attend=DP),
+    "vgg_att3_indep_pc": Config(attend=replace(PC, combine="indep")),
+    "rn164": replace(RN, attend=replace(RN.attend, levels=0)),
     "rn164_att2_concat_pc": RN,
-    "rn164_att2_concat_dp": replace(RN, head=replace(RN.head, compatibility="dot")),
-    "small": Config(width=16, depths=(1, 1, 1, 1, 1), head=PC, image_size=None),
-    "test": Config(width=4, depths=(1, 1, 1, 1, 1), head=DP, image_size=None),
+    "rn164_att2_concat_dp": replace(RN, attend=replace(RN.attend, compatibility="dot")),
+    "small": Config(width=16, depths=(1, 1, 1, 1, 1), attend=PC, image_size=None),
+    "test": Config(width=4, depths=(1, 1, 1, 1, 1), attend=DP, image_size=None),
 }
 
 
