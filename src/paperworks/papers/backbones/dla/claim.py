@@ -10,11 +10,12 @@ It can fail: the paper compares networks of 34 layers and more on a million imag
 from __future__ import annotations
 
 from statistics import fmean, stdev
+from typing import Any
 
 from paperworks.tasks.claim import Claim, Lab, Results
 
 STEPS = 120
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "deep": {"aggregation": "deep", "widths": (16, 24, 48, 80, 112)},
     "plain": {"aggregation": "plain", "widths": (16, 24, 48, 84, 116)},
 }

@@ -145,6 +145,7 @@ class DLA(nn.Module):
     """Figure 3: two plain stages, then one tree a stage.
 
     Attributes:
+        level_widths: channels of all stages' outputs, the two plain ones first.
         widths: channels of the trees' outputs.
         strides: input pixels from one of their cells to the next.
         embedding: numbers that the classifier sees.
@@ -154,7 +155,7 @@ class DLA(nn.Module):
         super().__init__()
         first, second, *_ = config.widths
         self.grid = Grid(fixed=image_size)
-        self.widths = config.widths[2:]
+        self.level_widths, self.widths = config.widths, config.widths[2:]
         self.strides = tuple(4 * 2**i for i in range(len(self.widths)))
         self.embedding = self.widths[-1]
         self.base = ConvNorm(channels, first, 7)
@@ -271,9 +272,9 @@ class Segmenter(nn.Module):
     def __init__(self, base: DLA, classes: int, ratio: Literal[2, 4, 8] = 2) -> None:
         super().__init__()
         self.base, self.first = base, (1, 2, 4, 8).index(ratio)
-        widths = (base.base[0].out_channels, base.plain[1][0].out_channels, *base.widths)  # pyright: ignore[reportIndexIssue]
-        self.up = DLAUp(widths[self.first :])
-        self.head = nn.Conv2d(widths[self.first], classes, 1)
+        widths = base.level_widths[self.first :]
+        self.up = DLAUp(widths)
+        self.head = nn.Conv2d(widths[0], classes, 1)
         self.grid = Grid(base.strides[-1])
         _init(self.up)
         _init(self.head)

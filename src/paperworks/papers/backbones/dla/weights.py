@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from paperworks.papers.backbones.dla.dla import Config
 from paperworks.tasks.base import Published
 
-RULES = (
+RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^base_layer\.", "base."),
     (r"^level([01])\.", r"plain.\1."),
     (r"^level(\d)\.", lambda m: f"stages.{int(m[1]) - 2}.tree."),

@@ -32,11 +32,11 @@ def timm(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
 SOURCES = {"timm": timm}
 
 LICENCE = "Apache-2.0; ImageNet's own terms are for research"
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+HALF = (0.5, 0.5, 0.5)
 PUBLISHED = {
-    "v4": Published(source="timm", repo="timm/inception_v4.tf_in1k", licence=LICENCE, **HALF),
-    "resnet_v2": Published(source="timm", repo="timm/inception_resnet_v2.tf_in1k", licence=LICENCE, **HALF),
-    "v3": Published(source="timm", repo="timm/inception_v3.tf_in1k", licence=LICENCE, **HALF),
-    "v3_auxiliary": Published(source="timm", repo="timm/inception_v3.tv_in1k", licence=LICENCE, **HALF),
+    "v4": Published(source="timm", repo="timm/inception_v4.tf_in1k", licence=LICENCE, mean=HALF, std=HALF),
+    "resnet_v2": Published(source="timm", repo="timm/inception_resnet_v2.tf_in1k", licence=LICENCE, mean=HALF, std=HALF),
+    "v3": Published(source="timm", repo="timm/inception_v3.tf_in1k", licence=LICENCE, mean=HALF, std=HALF),
+    "v3_auxiliary": Published(source="timm", repo="timm/inception_v3.tv_in1k", licence=LICENCE, mean=HALF, std=HALF),
 }
 """Of TF-slim, converted by timm; the one with a second classifier is torchvision's."""

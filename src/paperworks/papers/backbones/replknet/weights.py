@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from paperworks.papers.backbones.replknet.replknet import Config
 from paperworks.tasks.base import Published
 
-RULES = (
+RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^transitions\.(\d)\.", lambda m: f"transitions.{int(m[1]) + 1}."),
     (r"\.blocks\.", "."),
     (r"\.pre(lkb|ffn)_bn\.", ".norm."),
