@@ -89,18 +89,19 @@ def places(conv: nn.Conv2d, offsets: Float[Tensor, "B GN2 h w"]) -> Float[Tensor
 
 def sampled(x: Float[Tensor, "B D H W"], at: Float[Tensor, "B G N 2 h w"]) -> Float[Tensor, "B D N h w"]:
     """Eqs. 3 and 4: the input at real places, bilinear between its cells and zero outside."""
-    (batch, width, *size), (groups, number, _, h, w) = x.shape, at.shape[1:]
+    size, (groups, number, _, h, _) = x.shape[2:], at.shape[1:]
     y, x_ = ((2 * at[:, :, :, i] + 1) / size[i] - 1 for i in (0, 1))  # grid_sample: -1 and 1 are the borders
-    grid = torch.stack([x_, y], -1).view(batch * groups, number * h, w, 2)
-    values = F.grid_sample(x.reshape(batch * groups, width // groups, *size), grid, padding_mode="zeros", align_corners=False)
-    return values.view(batch, width, number, h, w)
+    grid = torch.stack([x_, y], -1).clamp(-2, 2).flatten(0, 1).flatten(1, 2)  # BG Nh w 2; far outside is zero like a cell outside
+    maps = x.unflatten(1, (groups, -1)).flatten(0, 1)
+    values = F.grid_sample(maps, grid, padding_mode="zeros", align_corners=False)
+    return values.unflatten(2, (number, h)).unflatten(0, (-1, groups)).flatten(1, 2)
 
 
 def convolved(conv: nn.Conv2d, values: Float[Tensor, "B D N h w"]) -> Float[Tensor, "B E h w"]:
     """The sum over places and channels that ``conv`` makes of what was read."""
     h, w = values.shape[3:]
     weight = conv.weight.view(conv.groups, conv.out_channels // conv.groups, -1)
-    y = (weight @ values.reshape(len(values), conv.groups, -1, h * w)).view(len(values), -1, h, w)
+    y = (weight @ values.reshape(values.shape[0], conv.groups, -1, h * w)).reshape(values.shape[0], -1, h, w)
     return y if conv.bias is None else y + conv.bias[:, None, None]
 
 
@@ -150,7 +151,7 @@ class ActiveConv(DeformableConv):
         """The shared ones, at every cell."""
         kernel, stride, padding, dilation = geometry(self.conv)
         h, w = ((x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
-        return self.offset["shared"][:, None, None].expand(len(x), -1, h, w)
+        return self.offset["shared"][:, None, None].expand(x.shape[0], -1, h, w)
 
 
 class AffineConv(nn.Module):
@@ -183,13 +184,13 @@ class DynamicConv(nn.Module):
         """sum_n w(pn) (1 + mn(p0)) x(p0 + pn)."""
         factors = 1 + self.factor(x)  # B N h w
         kernel, stride, padding, dilation = geometry(self.conv)
-        values = F.unfold(x, kernel, dilation, padding, stride).view(len(x), x.shape[1], *factors.shape[1:])
+        values = F.unfold(x, kernel, dilation, padding, stride).reshape(x.shape[0], x.shape[1], *factors.shape[1:])
         return convolved(self.conv, values * factors[:, None])
 
 
 def fitting(network: nn.Module) -> list[nn.Conv2d]:
     """The convolutions with an odd kernel of 3 and more and zeros around the map, in the network's order."""
-    found = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    found = [m for m in network.modules() if type(m) is nn.Conv2d]  # others may pad in their own way
     odd = [m for m in found if all(side > 1 and side % 2 for side in m.kernel_size)]
     return [m for m in odd if m.padding_mode == "zeros" and not isinstance(m.padding, str)]
 
@@ -466,13 +467,13 @@ VARIANTS = {
     "r101+3_g4": Config(sampling=Sampling(groups=4)),
     "small": Config(depth=18, width=16, stem="cifar", image_size=None),
     "small_regular": Config(depth=18, width=16, stem="cifar", sampling=REGULAR, image_size=None),
-    "test": Config(depth=18, width=4, stem="cifar", image_size=None),
+    "test": Config(depth=18, width=4, stem="cifar", image_size=32),
 }
 
 
 def recipe(config: Config) -> Recipe:
     """ImageNet as it is usually trained (the paper starts from such weights); a laptop's own for small images."""
-    if config.image_size is None:
+    if config.stem == "cifar":
         return Recipe(lr=2e-3, weight_decay=0.05, batch_size=50, average=0.98, augment=Warped())
     return Recipe(
         optimizer="sgd", lr=0.1, weight_decay=1e-4, batch_size=256, patch=config.image_size, augment=Warped(rotate=0, scale=(1, 2))
