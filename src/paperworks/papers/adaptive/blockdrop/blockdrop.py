@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paperworks.errors import InputError
-from paperworks.papers.adaptive.convnet_aig.convnet_aig import Layout, Shifted, Trunk, projected
+from paperworks.papers.adaptive.convnet_aig.convnet_aig import Layout, Shifted, Shortcut, Trunk, projected
 from paperworks.papers.adaptive.skipnet.skipnet import passed
 from paperworks.papers.backbones.convnext.convnext import Varied
 from paperworks.tasks.base import Batch, Grid, Loss, Output, Paper, Recipe, Spec
@@ -61,9 +61,9 @@ class Pooled(nn.Module):
         return F.pad(F.avg_pool2d(x, self.stride), (0, 0, 0, 0, 0, self.more))
 
 
-def shortcut_of(layout: Layout) -> type[Pooled] | type:
+def shortcut_of(layout: Layout) -> Shortcut:
     """Of the residual network and of its policy: with parameters on ImageNet alone."""
-    return projected if layout.stem == "imagenet" else Pooled  # pyright: ignore[reportReturnType]
+    return projected if layout.stem == "imagenet" else Pooled
 
 
 class Policy(nn.Module):
@@ -132,7 +132,7 @@ class BlockDrop(nn.Module):
         """The outputs of all stages, of the blocks that are kept."""
         x, features = self.trunk.stem(image), []
         for i, block in enumerate(self.trunk.blocks):
-            x = passed(block, x, gates[:, i])
+            x = passed(block, x, gates[:, i])  # pyright: ignore[reportArgumentType]
             if i + 1 in self.trunk.ends:
                 features.append(x)
         return features
@@ -221,7 +221,7 @@ IMAGENET = {"width": 64, "bottleneck": True, "stem": "imagenet", "image_size": 2
 VARIANTS: Mapping[str, Config] = {
     "resnet32": Config(counts=(5, 5, 5)),
     "resnet110": Config(),
-    "resnet101": Config(counts=(3, 4, 23, 3), **IMAGENET),
+    "resnet101": Config(counts=(3, 4, 23, 3), **IMAGENET),  # pyright: ignore[reportArgumentType]
     "laptop": Config(counts=(3, 3, 3), width=32, stem="laptop", image_size=None, entropy_weight=0.01, penalties=(-5.0, -5.0)),
     "test": Config(counts=(1, 2, 1), width=8, policy_width=4, stem="laptop", image_size=None),
 }

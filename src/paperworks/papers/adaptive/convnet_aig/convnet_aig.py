@@ -306,10 +306,10 @@ BEST_101 = (1,) * 8 + (None,) * 25
 IMAGENET = {"width": 64, "bottleneck": True, "stem": "imagenet", "image_size": 224, "rate_weight": 1.0}
 VARIANTS: Mapping[str, Config] = {
     "resnet110": Config(),
-    "resnet50": Config(counts=(3, 4, 6, 3), target=0.7, **IMAGENET),
-    "resnet101": Config(counts=(3, 4, 23, 3), target=0.7, **IMAGENET),
-    "resnet50_best": Config(counts=(3, 4, 6, 3), target=0.5, schedule=BEST_50, **IMAGENET),
-    "resnet101_best": Config(counts=(3, 4, 23, 3), target=0.5, schedule=BEST_101, **IMAGENET),
+    "resnet50": Config(counts=(3, 4, 6, 3), target=0.7, **IMAGENET),  # pyright: ignore[reportArgumentType]
+    "resnet101": Config(counts=(3, 4, 23, 3), target=0.7, **IMAGENET),  # pyright: ignore[reportArgumentType]
+    "resnet50_best": Config(counts=(3, 4, 6, 3), target=0.5, schedule=BEST_50, **IMAGENET),  # pyright: ignore[reportArgumentType]
+    "resnet101_best": Config(counts=(3, 4, 23, 3), target=0.5, schedule=BEST_101, **IMAGENET),  # pyright: ignore[reportArgumentType]
     "laptop": Config(counts=(3, 3, 3), width=32, stem="laptop", image_size=None),
     "test": Config(counts=(1, 2, 1), width=8, stem="laptop", image_size=None),
 }

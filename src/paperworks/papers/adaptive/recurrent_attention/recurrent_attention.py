@@ -237,7 +237,7 @@ VARIANTS: Mapping[str, Config] = {
     "cluttered60": Config(glimpse=12, scales=3, glimpses=8, image_size=60),
     "cluttered100": Config(glimpse=12, scales=4, glimpses=8, image_size=100),
     "laptop": Config(glimpse=8, scales=2, glimpses=6, std=0.1, image_size=None),
-    "test": Config(glimpse=4, scales=2, glimpses=3, hidden=8, core=16, std=0.1, image_size=None),
+    "test": Config(glimpse=4, scales=2, glimpses=3, hidden=8, core=12, std=0.1, image_size=None),
 }
 
 
@@ -246,7 +246,7 @@ def recipe(config: Config) -> Recipe:
     scatter = {60: Scattered(share=28 / 60, clutter=4 * (config.glimpses == 8)), 100: Scattered(share=0.28, clutter=4)}
     augment = scatter.get(config.image_size or 0, Scattered())
     if config.image_size is None:
-        return Recipe(optimizer="adam", lr=1e-3, batch_size=64, average=0.98, augment=augment)
+        return Recipe(optimizer="adam", lr=3e-3, batch_size=64, average=0.98, augment=augment)
     return Recipe(
         optimizer="adam", lr=3e-4, schedule="constant", warmup=0, batch_size=128, patch=config.image_size, clip=None, augment=augment
     )

@@ -173,7 +173,7 @@ class SkipNet(nn.Module):
                     gate, log = drawn(p)
                 else:
                     gate = rounded(p)
-            x = passed(block, x, gate)
+            x = passed(block, x, gate)  # pyright: ignore[reportArgumentType]
             gates.append(gate)
             logs.append(log)
             if i + 1 in self.trunk.ends:
@@ -230,8 +230,8 @@ VARIANTS: Mapping[str, Config] = {
     "resnet38_feedforward": Config(gate="feedforward1"),
     "resnet74_feedforward": Config(counts=(12, 12, 12), gate="feedforward1"),
     "resnet110_feedforward": Config(counts=(18, 18, 18), gate="feedforward2"),
-    "resnet50": Config(counts=(3, 4, 6, 3), **IMAGENET),
-    "resnet101": Config(counts=(3, 4, 23, 3), **IMAGENET),
+    "resnet50": Config(counts=(3, 4, 6, 3), **IMAGENET),  # pyright: ignore[reportArgumentType]
+    "resnet101": Config(counts=(3, 4, 23, 3), **IMAGENET),  # pyright: ignore[reportArgumentType]
     "laptop": Config(counts=(3, 3, 3), width=32, stem="laptop", image_size=None, pretraining=0.5, alpha=4.0),
     "test": Config(counts=(1, 2, 1), width=8, stem="laptop", image_size=None, pretraining=0.5),
 }
