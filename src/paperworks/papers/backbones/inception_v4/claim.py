@@ -5,7 +5,7 @@
 660,102 and 650,335 parameters. Measured is the log-loss on 300 training photographs, unaugmented, after the same few steps: how far the
 training has come. Accuracy on validation is recorded beside it, as the paper finds it about equal in the end.
 
-It can fail: the pure net has five modules in a row, the residual one nine, and the paper's nets are three times as deep; batch norm alone may train
+It can fail: the pure net has four modules in a row, the residual one eight, and the paper's nets are three times as deep; batch norm alone may train
 either with ease.
 """
 
