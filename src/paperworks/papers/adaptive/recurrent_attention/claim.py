@@ -1,6 +1,6 @@
 """Claim: looking where the policy says is better than looking at random (section 4.1, translated digits).
 
-``paperworks claim recurrent_attention``: six trainings of 300 steps on 5,000 digits of 28 pixels, which are put at random places of squares of 60
+``paperworks claim recurrent_attention``: six trainings of 400 steps on 5,000 digits of 28 pixels, which are put at random places of squares of 60
 pixels, about three minutes on one core. Six glimpses of two scales, 12 and 24 pixels wide. The arms differ in where the glimpses after the first lie:
 
 ``policy``  where the learned policy says.
@@ -9,7 +9,7 @@ pixels, about three minutes on one core. Six glimpses of two scales, 12 and 24 p
 The validation digits are put at places that are the same for all arms. The distance of the last glimpse from the digit's middle and the time
 of an image alone are measured too; they are numbers, no part of the rule.
 
-It can fail: REINFORCE learns slowly from one bit an image, 300 steps may not be enough for a policy, and six random glimpses of 24 pixels already
+It can fail: REINFORCE learns slowly from one bit an image, 400 steps may not be enough for a policy, and six random glimpses of 24 pixels already
 see most of 60 x 60 pixels.
 """
 
@@ -24,7 +24,7 @@ from paperworks.papers.adaptive.recurrent_attention.recurrent_attention import s
 from paperworks.tasks.claim import Claim, Lab, Results
 from paperworks.tasks.contract import normalise
 
-STEPS, SIDE, GLIMPSES = 300, 60, 6
+STEPS, SIDE, GLIMPSES = 400, 60, 6
 RANDOM = {"std": 1.0, "policy_weight": 0.0}
 
 
