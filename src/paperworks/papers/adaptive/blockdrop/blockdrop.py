@@ -71,7 +71,7 @@ class Policy(nn.Module):
 
     def __init__(self, channels: int, side: int, blocks: int, config: Config) -> None:
         super().__init__()
-        self.half = config.stem == "imagenet"
+        self.half = config.stem == "imagenet"  # pyright: ignore[reportAttributeAccessIssue]
         layout = Layout(counts=(1,) * len(config.counts), width=config.policy_width, stem=config.stem)
         self.trunk = Trunk(channels, side, layout, shortcut_of(config))
         self.decide = nn.Linear(self.trunk.widths[-1], blocks)
@@ -80,7 +80,7 @@ class Policy(nn.Module):
         """Equation 2, s: each block's probability to be kept."""
         x = self.trunk.stem(F.avg_pool2d(image, 2) if self.half else image)
         for block in self.trunk.blocks:
-            x = F.relu(block.shortcut(x) + block.branch(x))
+            x = F.relu(block.shortcut(x) + block.branch(x))  # pyright: ignore[reportCallIssue]
         return self.decide(x.mean((2, 3))).sigmoid()
 
 

@@ -34,7 +34,7 @@ def run(lab: Lab, arm: str) -> dict[str, float]:
         own = network(image)["gates"]
     others = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(lab.seed))]
     given = {"own": None, "borrowed": others, "all": torch.ones_like(own)}[arm]
-    specialised = rates_by_class(network, image, label).std(0).mean()  # 0: a block is as busy with one class as with another
+    specialised = rates_by_class(network, image, label).std(0).mean()  # 0: a block is as busy with one class as with another  # pyright: ignore[reportArgumentType]
     return {**along(network, image, label, given), **cost(lab, network, image, given), "spread_of_classes": float(specialised)}
 
 

@@ -32,7 +32,13 @@ def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one network on scattered digits, and let it look at the validation digits."""
     settings = RANDOM if arm == "random" else {}
     network = lab.fit(
-        variant="laptop", steps=STEPS, image_size=SIDE, glimpse=12, glimpses=GLIMPSES, **{"augment.share": 28 / SIDE}, **settings
+        variant="laptop",
+        steps=STEPS,
+        image_size=SIDE,
+        glimpse=12,
+        glimpses=GLIMPSES,
+        **{"augment.share": 28 / SIDE},
+        **settings,  # pyright: ignore[reportArgumentType]
     ).network
     generator = torch.Generator().manual_seed(0)
     placed = [scattered(sample["image"].as_subclass(Tensor), SIDE, 0, 8, generator) for sample in lab.validation]

@@ -70,7 +70,7 @@ class RecurrentGates(nn.Module):
     def forward(self, i: int, x: Float[Tensor, "B D h w"], state: State | None) -> tuple[Float[Tensor, " B"], State]:
         """The probability that the block after ``x`` is executed, and the state for the next gate; None at the first."""
         state = self.lstm(self.embeds[i](x.mean((2, 3))), state)
-        return self.project(state[0]).sigmoid()[:, 0], state
+        return self.project(state[0]).sigmoid()[:, 0], state  # pyright: ignore[reportOptionalSubscript, reportReturnType]
 
 
 class FeedForwardGates(nn.Module):
