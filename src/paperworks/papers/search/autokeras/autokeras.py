@@ -202,7 +202,7 @@ def edits(plan: Plan, largest: int) -> list[Edit]:
     found = [Edit(kind, i) for kind in ("deep", "wide") for i in range(1, count + 1)]
     for kind, sign in (("add", "+"), ("concat", "|")):
         pairs = itertools.combinations(range(1, count + 1), 2)
-        found += [Edit(kind, u, v) for u, v in pairs if v >= u + 2 and Skip(u, v, sign) not in plan.skips]
+        found += [Edit(kind, u, v) for u, v in pairs if v >= u + 2 and Skip(u, v, sign) not in plan.skips]  # pyright: ignore[reportArgumentType]
     return [edit for edit in found if edited(plan, edit).size() <= largest]
 
 
