@@ -23,7 +23,7 @@ LEVELS = {"attention": 3, "plain": 0}
 
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one network and score it; where it attends, how sharply."""
-    trained = lab.fit(variant="small", steps=STEPS, width=8, **{"attend.levels": LEVELS[arm]})
+    trained = lab.fit(variant="small", steps=STEPS, width=8, **{"attend.levels": LEVELS[arm]})  # pyright: ignore[reportArgumentType]
     scores = lab.evaluate(trained.predict)
     found = {"top1": scores["top1"], "nll": scores["nll"]}
     if arm == "attention":
