@@ -37,7 +37,7 @@ def run(lab: Lab, arm: str) -> dict[str, float]:
     side = network.grid.fixed  # pyright: ignore[reportAttributeAccessIssue]
     images = torch.stack(
         [
-            warped(sample["image"].as_subclass(torch.Tensor), (side, side), float(turn), float(scale), float(shear))
+            warped(sample["image"].as_subclass(torch.Tensor), (side, side), float(turn), float(scale), float(shear))  # pyright: ignore[reportArgumentType]
             for sample, turn, scale, shear in zip(lab.validation, turns, scales, shears)
         ]
     )
@@ -53,7 +53,7 @@ def run(lab: Lab, arm: str) -> dict[str, float]:
         )
         result["effective_dilation"] = float(spread.mean())
         if arm == "deformable":
-            result["follows_size"] = float(spearmanr(scales.numpy(), spread.numpy()).statistic)
+            result["follows_size"] = float(spearmanr(scales.numpy(), spread.numpy()).statistic)  # pyright: ignore[reportAttributeAccessIssue]
     return result
 
 

@@ -100,7 +100,7 @@ def sampled(x: Float[Tensor, "B D H W"], at: Float[Tensor, "B G N 2 h w"]) -> Fl
 def convolved(conv: nn.Conv2d, values: Float[Tensor, "B D N h w"]) -> Float[Tensor, "B E h w"]:
     """The sum over places and channels that ``conv`` makes of what was read."""
     h, w = values.shape[3:]
-    weight = conv.weight.view(conv.groups, conv.out_channels // conv.groups, -1)
+    weight = conv.weight.reshape(conv.groups, conv.out_channels // conv.groups, -1)
     y = (weight @ values.reshape(values.shape[0], conv.groups, -1, h * w)).reshape(values.shape[0], -1, h, w)
     return y if conv.bias is None else y + conv.bias[:, None, None]
 
@@ -145,7 +145,7 @@ class ActiveConv(DeformableConv):
 
     def __init__(self, conv: nn.Conv2d, groups: int = 1) -> None:
         super().__init__(conv, groups)
-        self.offset = nn.ParameterDict({"shared": torch.zeros(self.offset.out_channels)})
+        self.offset = nn.ParameterDict({"shared": torch.zeros(self.offset.out_channels)})  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def offsets(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B GN2 h w"]:
         """The shared ones, at every cell."""
@@ -476,7 +476,12 @@ def recipe(config: Config) -> Recipe:
     if config.stem == "cifar":
         return Recipe(lr=2e-3, weight_decay=0.05, batch_size=50, average=0.98, augment=Warped())
     return Recipe(
-        optimizer="sgd", lr=0.1, weight_decay=1e-4, batch_size=256, patch=config.image_size, augment=Warped(rotate=0, scale=(1, 2))
+        optimizer="sgd",
+        lr=0.1,
+        weight_decay=1e-4,
+        batch_size=256,
+        patch=config.image_size,
+        augment=Warped(rotate=0, scale=(1, 2)),  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -88,18 +88,20 @@ def whole(x: Tensor | Octaves) -> Float[Tensor, "B D h w"]:
 # --- Section 3.2: the convolution
 
 
-class OctaveConv(nn.Module):
+class OctaveConv(nn.Conv2d):
     """Y_H = f(X_H; W_HH) + up(f(X_L; W_LH)), Y_L = f(X_L; W_LL) + f(pool(X_H); W_HL): figure 2.
 
     Args:
-        conv: an ordinary convolution; its kernel is cut into the four.
+        conv: an ordinary convolution; its kernel, which is kept, is cut into the four.
         alpha_in: share of the channels that it is given at half the resolution.
         alpha_out: share that it gives so.
     """
 
     def __init__(self, conv: nn.Conv2d, alpha_in: float, alpha_out: float) -> None:
-        super().__init__()
-        self.conv = conv
+        super().__init__(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias is not None
+        )  # fmt: skip
+        self.weight, self.bias = conv.weight, conv.bias
         self.strided = conv.stride != (1, 1)
         self.depthwise = conv.groups > 1  # channels do not mix, so neither do the parts
         self.high_in, self.high_out = high(conv.in_channels, alpha_in), high(conv.out_channels, alpha_out)
@@ -107,11 +109,10 @@ class OctaveConv(nn.Module):
 
     def path(self, x: Tensor, outputs: slice, inputs: slice) -> Tensor:
         """One of the four convolutions, always of stride 1."""
-        conv = self.conv
-        weight = conv.weight[outputs] if self.depthwise else conv.weight[outputs, inputs]
-        return F.conv2d(x, weight, None, 1, conv.padding, conv.dilation, x.shape[1] if self.depthwise else 1)
+        weight = self.weight[outputs] if self.depthwise else self.weight[outputs, inputs]
+        return F.conv2d(x, weight, None, 1, self.padding, self.dilation, x.shape[1] if self.depthwise else 1)
 
-    def forward(self, x: Tensor | Octaves) -> Tensor | Octaves:
+    def forward(self, x: Tensor | Octaves) -> Tensor | Octaves:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update both parts, and let them exchange."""
         of_high, of_low = (slice(0, self.high_in), slice(self.high_in, None))
         to_high, to_low = (slice(0, self.high_out), slice(self.high_out, None))
@@ -121,15 +122,15 @@ class OctaveConv(nn.Module):
         if below is not None and not self.depthwise:
             came = self.path(below, to_high, of_low)
             y_high = y_high + (came if self.strided else up(came, y_high.shape[2:]))  # a halved map has the low part's size already
-        if self.conv.bias is not None:
-            y_high = y_high + self.conv.bias[to_high, None, None]
+        if self.bias is not None:
+            y_high = y_high + self.bias[to_high, None, None]
         if not self.split[1]:
             return y_high
         paths = [] if self.depthwise else [self.path(down(above), to_low, of_high)]
         if below is not None:
             paths.append(self.path(down(below) if self.strided else below, to_low, of_low))
         y_low = paths[0] if len(paths) == 1 else paths[0] + paths[1]
-        return Octaves(y_high, y_low if self.conv.bias is None else y_low + self.conv.bias[to_low, None, None])
+        return Octaves(y_high, y_low if self.bias is None else y_low + self.bias[to_low, None, None])
 
 
 def high(width: int, alpha: float) -> int:
@@ -171,9 +172,9 @@ class OctaveUnit(nn.Module):
 
     def forward(self, x: Tensor | Octaves) -> Tensor | Octaves:
         """The bottleneck's formula."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        y = self.relu(self.bn1(self.conv1(x)))  # pyright: ignore[reportCallIssue]
+        y = self.relu(self.bn2(self.conv2(y)))  # pyright: ignore[reportCallIssue]
+        return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))  # pyright: ignore[reportCallIssue]
 
 
 def plan(resnet: ResNet, alpha: float) -> dict[nn.Conv2d, tuple[float, float]]:
@@ -187,7 +188,7 @@ def plan(resnet: ResNet, alpha: float) -> dict[nn.Conv2d, tuple[float, float]]:
         after = 0.0 if stage is resnet.layer4 else alpha
         for unit in stage:
             for name, conv in unit.named_modules():
-                if isinstance(conv, nn.Conv2d):
+                if type(conv) is nn.Conv2d:
                     given = before if name == "conv1" or name.startswith("downsample") else after
                     if given or after or conv.stride != (1, 1):
                         found[conv] = (given, after)
@@ -353,7 +354,7 @@ def frequency(maps: Float[Tensor, "B D h w"]) -> float:
 
 VARIANTS = {
     **{
-        f"r{depth}{f'_a{alpha:.3f}'.replace('0.', '') if alpha else ''}": Config(depth=depth, alpha=alpha)
+        f"r{depth}{f'_a{alpha:.3f}'.replace('0.', '') if alpha else ''}": Config(depth=depth, alpha=alpha)  # pyright: ignore[reportArgumentType]
         for depth, alphas in ((26, (0, 0.125, 0.25, 0.5, 0.75)), (50, (0, 0.125, 0.25, 0.5, 0.75)), (101, (0, 0.125, 0.25, 0.5)))
         for alpha in alphas
     },
