@@ -11,7 +11,7 @@ from paperworks.errors import InputError
 @pytest.fixture
 def sheet(tmp_path: Path) -> Path:
     path = tmp_path / "sheet.csv"
-    path.write_bytes("\ufeffFile , Label,Note\n a.png,cat\n\n\"b, c.png\", dog ,x,more\n".encode())
+    path.write_bytes('\ufeffFile , Label,Note\n a.png,cat\n\n"b, c.png", dog ,x,more\n'.encode())
     return path
 
 

@@ -30,7 +30,7 @@ REMOVED: dict[str, dict[str, Any]] = {
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one network and score it."""
     settings = {"mixers": (arm,)} if arm in MIXERS else {"mixers": ("pooling",), **REMOVED[arm]}
-    trained = lab.fit(variant="small", steps=STEPS, depths=(1, 2, 1), widths=(16, 32, 64), head_width=16, **settings)
+    trained = lab.fit(variant="small", steps=STEPS, depths=(1, 2, 1), widths=(16, 32, 64), head_width=16, **settings)  # pyright: ignore[reportArgumentType]
     scores = lab.evaluate(trained.predict)
     parameters = sum(p.numel() for p in trained.network.parameters())
     return {"top1": scores["top1"], "nll": scores["nll"], "parameters": float(parameters)}

@@ -32,7 +32,7 @@ ARMS = {
 
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one network: its accuracy, and the multiply-adds of one image in millions."""
-    trained = lab.fit(variant="small", steps=STEPS, **SIZE, **ARMS[arm], **{"augment.flip": 0.0})
+    trained = lab.fit(variant="small", steps=STEPS, **SIZE, **ARMS[arm], **{"augment.flip": 0.0})  # pyright: ignore[reportArgumentType]
     config = replace(VARIANTS["small"], **SIZE, **ARMS[arm])
     cost = multiply_adds(config, SIDE, lab.data.spec.channels, len(lab.data.spec.classes))
     return {"top1": lab.evaluate(trained.predict)["top1"], "mega_multiply_adds": cost / 1e6}

@@ -67,7 +67,7 @@ class PixelTransformer(vit.ViT):
     def embedded(self, image: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N+1 D"]:
         """The class token and the tokens of the pixels, or of patches of the shuffled pixels."""
         if self.order is not None:
-            image = image.flatten(2)[:, :, self.order].view_as(image)
+            image = image.flatten(2)[:, :, self.order].view_as(image)  # pyright: ignore[reportArgumentType]
         return super().embedded(image)
 
 

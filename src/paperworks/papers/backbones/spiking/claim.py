@@ -57,7 +57,7 @@ def matcher(lab: Lab, config: Config) -> SpikingNet:
 
 def normalised(image: Tensor, network: SpikingNet) -> Tensor:
     """Pixels as networks get them."""
-    return (image - network.mean) / network.std
+    return (image - network.mean) / network.std  # pyright: ignore[reportOperatorIssue]
 
 
 def run(lab: Lab, arm: str) -> dict[str, float]:

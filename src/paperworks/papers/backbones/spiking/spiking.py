@@ -159,8 +159,8 @@ class SpikingNet(nn.Module):
         """What the first layer gets: one constant current (t = 1), or spikes of chance (t = T)."""
         if self.config.coding == "direct":
             return image[None]
-        brightness = (image * self.std + self.mean)[None]
-        drawn = torch.rand(self.config.time_steps, *image.shape, device=image.device) if self.training else self.drawn[:, None]
+        brightness = (image * self.std + self.mean)[None]  # pyright: ignore[reportOperatorIssue]
+        drawn = torch.rand(self.config.time_steps, *image.shape, device=image.device) if self.training else self.drawn[:, None]  # pyright: ignore[reportIndexIssue]
         return (drawn < brightness).to(image.dtype)
 
     def activity(self, image: Float[Tensor, "B C H W"]) -> list[Tensor]:
@@ -198,7 +198,7 @@ def operations(network: SpikingNet, image: Float[Tensor, "B C H W"]) -> dict[str
     cell that sees it; where nothing fires nothing happens.
     """
     spiking = network.config.neuron == "lif"
-    layers = [*(next(m for m in layer if isinstance(m, nn.Conv2d | nn.Linear)) for layer in network.currents), network.head]
+    layers = [*(next(m for m in layer if isinstance(m, nn.Conv2d | nn.Linear)) for layer in network.currents), network.head]  # pyright: ignore[reportGeneralTypeIssues]
     macs = acs = 0.0
     for i, (layer, signal) in enumerate(zip(layers, network.activity(image), strict=True)):
         spikes = spiking and (i > 0 or network.config.coding == "rate")

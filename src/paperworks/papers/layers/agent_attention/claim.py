@@ -25,7 +25,7 @@ ARMS: dict[str, dict[str, object]] = {
 
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one ViT and score it; what its attention costs at 64 tokens and would cost at 4096."""
-    trained = lab.fit("vit", variant="small", steps=STEPS, layers=LAYERS, **ARMS[arm])
+    trained = lab.fit("vit", variant="small", steps=STEPS, layers=LAYERS, **ARMS[arm])  # pyright: ignore[reportArgumentType]
     scores, agents = lab.evaluate(trained.predict), AGENTS if ARMS[arm] else None
     convolution = 9 * (arm == "agents_without_convolution")
     cost = {n: LAYERS * (multiply_adds(n, 96, agents) - convolution * n * 96) for n in (64, 4096)}

@@ -280,7 +280,7 @@ def tokens_of(network: nn.Module) -> dict[nn.Module, int]:
     if reader is None or not isinstance(getattr(network, "grid", None), Grid):
         return seen
     hooks = [module.register_forward_pre_hook(look) for module in network.modules() if attends(module)]
-    training, side, weight = network.training, network.grid.fit(1), reader.weight
+    training, side, weight = network.training, network.grid.fit(1), reader.weight  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     with torch.no_grad():
         network.eval()(torch.zeros(1, reader.in_channels, side, side, dtype=weight.dtype, device=weight.device))
     for hook in hooks:

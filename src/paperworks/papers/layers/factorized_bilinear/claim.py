@@ -21,7 +21,7 @@ FACTORS = {"quadratic": 20, "linear": 0}
 
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one network and score it, with its quadratic terms and without."""
-    trained = lab.fit(variant="small", steps=STEPS, width=0.25, **{"last.factors": FACTORS[arm]})
+    trained = lab.fit(variant="small", steps=STEPS, width=0.25, **{"last.factors": FACTORS[arm]})  # pyright: ignore[reportArgumentType]
     scores = lab.evaluate(trained.predict)
     for module in trained.network.modules():
         if isinstance(module, FactorizedBilinear):

@@ -27,7 +27,7 @@ NEAR = 0.25
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one of the two networks, and measure what the arm is about."""
     if arm == "one_map":
-        trained = lab.fit(variant="small", steps=STEPS, width=8, single=True, **{"block.transform": "linear", "block.place": "after"})
+        trained = lab.fit(variant="small", steps=STEPS, width=8, single=True, **{"block.transform": "linear", "block.place": "after"})  # pyright: ignore[reportArgumentType]
     else:
         trained = lab.fit(variant="small_nl", steps=STEPS, width=8)
     found = {"top1": lab.evaluate(trained.predict)["top1"]}

@@ -27,7 +27,7 @@ ARMS: dict[str, dict[str, object]] = {
 
 def run(lab: Lab, arm: str) -> dict[str, float]:
     """Train one ViT, score it, and time it with its batch norms merged."""
-    trained = lab.fit("vit", variant="small", steps=STEPS, layers=LAYERS, **ARMS[arm])
+    trained = lab.fit("vit", variant="small", steps=STEPS, layers=LAYERS, **ARMS[arm])  # pyright: ignore[reportArgumentType]
     scores = lab.evaluate(trained.predict)
     network, images = fused(trained.network), torch.zeros(16, 3, 32, 32)
     with torch.inference_mode():

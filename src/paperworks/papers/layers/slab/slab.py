@@ -192,10 +192,10 @@ class Slab(Transformer):
                 if isinstance(module, Block):
                     qkv = module.attention.qkv
                     assert isinstance(qkv, nn.Linear) and isinstance(module.norm1, PRepBN) and isinstance(module.norm2, PRepBN)
-                    module.attention.qkv, module.norm1 = folded(module.norm1.rep, qkv), nn.Identity()
-                    module.hidden, module.norm2 = folded(module.norm2.rep, module.hidden), nn.Identity()
+                    module.attention.qkv, module.norm1 = folded(module.norm1.rep, qkv), nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+                    module.hidden, module.norm2 = folded(module.norm2.rep, module.hidden), nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
                 elif isinstance(module, Merge) and isinstance(module.norm, PRepBN):
-                    module.reduce, module.norm = folded(module.norm.rep, module.reduce), nn.Identity()
+                    module.reduce, module.norm = folded(module.norm.rep, module.reduce), nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
                 elif isinstance(module, Cut) and isinstance(module.norm, PRepBN):
                     scale, shift = module.norm.rep.affine()  # here the norm comes after
                     assert module.patches.bias is not None

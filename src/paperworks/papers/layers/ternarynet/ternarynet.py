@@ -230,7 +230,7 @@ class PackedConv2d(nn.Module):
     def counted(self, x: Float[Tensor, "B C H W"]) -> Int[Tensor, "B O h w"]:
         """The convolution with the signs: integers. A border of zeros is ternary too."""
         (above, left), (down, right), (wide, broad) = self.padding, self.stride, self.dilation
-        maps = planes(F.pad(x, (left, left, above, above)).permute(0, 2, 3, 1))  # B H W n
+        maps = planes(F.pad(x, (left, left, above, above)).permute(0, 2, 3, 1))  # B H W n  # pyright: ignore[reportArgumentType]
         height = (maps[0].shape[1] - wide * (self.kernel[0] - 1) - 1) // down + 1
         width = (maps[0].shape[2] - broad * (self.kernel[1] - 1) - 1) // right + 1
         total = np.zeros((len(x), height, width, len(self.scale)), np.int32)
@@ -267,7 +267,7 @@ def converted(conv: nn.Conv2d) -> TernaryConv2d:
     """The same convolution with ternary weights."""
     bias = conv.bias is not None
     made = TernaryConv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=bias,
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=bias,  # pyright: ignore[reportArgumentType]
         device=conv.weight.device,
     )  # fmt: skip
     made.load_state_dict(conv.state_dict())
@@ -280,7 +280,7 @@ def called(network: nn.Module) -> list[nn.Conv2d]:
     convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     if not convs:
         return found
-    handles = [conv.register_forward_pre_hook(lambda conv, _: found.append(conv)) for conv in convs]
+    handles = [conv.register_forward_pre_hook(lambda conv, _: found.append(conv)) for conv in convs]  # pyright: ignore[reportArgumentType]
     training, side, weight = network.training, grid_of(network).fit(64), convs[0].weight
     with torch.no_grad():
         network.eval()(torch.zeros(1, convs[0].in_channels, side, side, device=weight.device, dtype=weight.dtype))
@@ -311,7 +311,7 @@ def loss(config: Config) -> Loss:
     def weighted(output: Output, batch: Batch) -> dict[str, Tensor]:
         logits = output["logits"]
         weight = torch.ones(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        weight[1:] = config.organ_weight
+        weight[1:] = config.organ_weight  # pyright: ignore[reportArgumentType]
         return {"loss": F.cross_entropy(logits, batch["mask"], weight, ignore_index=IGNORE)}
 
     return weighted

@@ -443,7 +443,7 @@ def spelled(sentence: Sentence, config: Config | RecurrentConfig) -> str:
     for i, (h, w, n, *stride) in enumerate(tokens[at : at + step] for at in range(0, len(tokens), step)):
         inputs = tuple(j + 1 for j, read in enumerate(sentence.skips[i]) if read) if config.skips else (i,) if i else ()
         layers.append(
-            Layer(config.sides[h], config.sides[w], config.filters[n], config.strides[stride[0]] if stride else config.strides[0], inputs)
+            Layer(config.sides[h], config.sides[w], config.filters[n], config.strides[stride[0]] if stride else config.strides[0], inputs)  # pyright: ignore[reportGeneralTypeIssues]
         )
     return written(layers)
 
