@@ -176,7 +176,7 @@ def operations(paper: Paper, config: Any, data: Task) -> int | None:
     """Floating-point operations of an evaluation of one item, counted without computing; None where they depend on what the item shows."""
     try:
         with torch.device("meta"):
-            network = paper.build(data.spec, config).eval()
+            network = paper.build(data.spec, config).eval().requires_grad_(False)
         given = data.example(data.spec, grid_of(network)).to("meta")
         with torch.no_grad(), flop_counter() as counter:
             network(given)
