@@ -37,8 +37,8 @@ def run(lab: Lab, arm: str) -> dict[str, float]:
         image_size=SIDE,
         glimpse=12,
         glimpses=GLIMPSES,
-        **{"augment.share": 28 / SIDE},
-        **settings,  # pyright: ignore[reportArgumentType]
+        **{"augment.share": 28 / SIDE},  # pyright: ignore[reportArgumentType]
+        **settings,
     ).network
     generator = torch.Generator().manual_seed(0)
     placed = [scattered(sample["image"].as_subclass(Tensor), SIDE, 0, 8, generator) for sample in lab.validation]

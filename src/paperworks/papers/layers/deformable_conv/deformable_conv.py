@@ -480,8 +480,8 @@ def recipe(config: Config) -> Recipe:
         lr=0.1,
         weight_decay=1e-4,
         batch_size=256,
-        patch=config.image_size,
-        augment=Warped(rotate=0, scale=(1, 2)),  # pyright: ignore[reportArgumentType]
+        patch=config.image_size,  # pyright: ignore[reportArgumentType]
+        augment=Warped(rotate=0, scale=(1, 2)),
     )
 
 

@@ -99,7 +99,7 @@ class OctaveConv(nn.Conv2d):
 
     def __init__(self, conv: nn.Conv2d, alpha_in: float, alpha_out: float) -> None:
         super().__init__(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias is not None
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias is not None  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         self.weight, self.bias = conv.weight, conv.bias
         self.strided = conv.stride != (1, 1)
