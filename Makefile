@@ -30,7 +30,7 @@ quick: install
 
 bench: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python albumentations==2.0.8 pydensecrf2
-	for script in augmentation tiling dense_crf peers backbones; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in augmentation tiling dense_crf; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 docs: install
 	$(BIN)/python docs/tables.py
