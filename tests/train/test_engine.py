@@ -383,7 +383,7 @@ def test_layers_are_put_in_by_settings(blobs: Path, tmp_path: Path, monkeypatch:
     def put(network: nn.Module, config: Scale) -> nn.Module:
         return swapped(network, lambda m: isinstance(m, nn.ConvTranspose2d), lambda m: Scaled(m, config.by))
 
-    monkeypatch.setattr(papers, "layers", lambda: {"upsampling": {"scaled": "somewhere"}})
+    monkeypatch.setattr(papers, "slots", lambda: {"upsampling": {"scaled": "somewhere"}})
     monkeypatch.setattr(papers, "layer", lambda slot, name: Layer(slot, Scale(), put))
     run = train(blobs, tmp_path / "run", steps=1, settings={"upsampling": "scaled", "upsampling.by": "3"})
     found = [m for m in run.network().modules() if isinstance(m, Scaled)]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from paperworks import papers
 from paperworks.errors import InputError
 from paperworks.files import atomic, write_json
-from paperworks.tasks.base import Paper, Recipe, Spec, override
+from paperworks.tasks import task
+from paperworks.tasks.base import Paper, Recipe, Spec, grid_of, override
 
 FORMAT = 1
 
@@ -91,9 +92,24 @@ def _with_layers(paper: Paper, settings: Mapping[str, Any]) -> Paper:
                 network = layer.put(network, own)
             except InputError as error:
                 raise InputError(f"--set {said}: {error}") from None
+        _try(network, spec, ", ".join(said for said, _, _ in chosen))
         return network
 
     return dataclasses.replace(paper, build=build)
+
+
+def _try(network: nn.Module, spec: Spec, said: str) -> None:
+    """Run a network with other papers' layers once: parts that hand each other more than tensors cannot be exchanged."""
+    if next(network.parameters()).is_meta:
+        return
+    training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(task(spec.task).example(spec, grid_of(network)))
+    except Exception as error:  # whatever two papers that know nothing of each other do
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise InputError(f"--set {said}: {type(network).__name__} does not run with it ({what}); take another network or layer") from None
+    network.train(training)
 
 
 @dataclass
