@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from paperworks.errors import InputError
-from paperworks.study.compare import _spared, compare, recommend, rungs
+from paperworks.study.compare import SilentWatcher, _spared, compare, recommend, rungs
 from paperworks.train.budget import Budget
 
 
@@ -27,6 +28,14 @@ def row(name: str, values: list[float], latency: float, kind: str = "paper", sta
 
 def table(*rows: dict) -> dict:
     return {"noun": ["image", "images", "图像"], "metric": "dice", "higher_is_better": True, "rows": list(rows)}
+
+
+class Told(SilentWatcher):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 CLEAR = [0.9, 0.91, 0.89, 0.92]
@@ -90,29 +99,45 @@ def test_halving(blobs: Path, tmp_path: Path) -> None:
     (whole,) = [r for r in papers if r["status"] == "ok"]
     assert whole["cost"]["steps"] == 6 and whole["run"] == f"runs/{whole['id']}"
     for row in papers:
-        assert row is whole or (row["status"], row["cost"]["steps"], row["run"]) == ("stopped", 2, f"runs/rung0/{row['id']}")
+        assert row is whole or (row["status"], row["cost"]["steps"], row["run"]) == ("stopped", 2, f"runs/part3/{row['id']}")
     assert set(found["pictures"][0]["rows"]) == {whole["id"]} and (found["recommended"] or whole)["id"] == whole["id"]
     assert "left after 2 steps" in (tmp_path / "report.html").read_text(encoding="utf-8") and "--halving" in found["command"]
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/model.safetensors")}
     assert len(weights) == 4 and [r["metrics"] for r in run()["rows"]] == [r["metrics"] for r in found["rows"]]
     assert {path: path.stat().st_mtime_ns for path in weights} == weights, "what is trained is kept"
+    more = compare(blobs, ["unet", "unetpp", "attention_unet", "nnformer"], tmp_path, variant="test", steps=6, costs=False, halving=True)
+    assert [r["status"] for r in more["rows"][:3]].count("failed") == 0, "a paper more takes a smaller part first, in a folder of its own"
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
     with pytest.raises(InputError, match="holds a comparison with halving"):
         compare(blobs, ["unet"], tmp_path, variant="test", steps=6)
 
 
 @pytest.mark.slow
-def test_a_cluster_of_two_machines(blobs: Path, tmp_path: Path) -> None:
+def test_a_cluster_of_two_machines(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     names = ["unet", "unetpp"]
     here = compare(blobs, names, tmp_path / "here", variant="test", steps=2, precision="fp32", costs=False)
+    told = Told()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)
-        there = compare(blobs, names, tmp_path / "there", variant="test", steps=2, precision="fp32", costs=False, ray=cluster.address)
+        monkeypatch.chdir(tmp_path)  # where the cluster's machines are not
+        there = compare(
+            os.path.relpath(blobs),
+            names,
+            "there",
+            variant="test",
+            steps=2,
+            precision="fp32",
+            costs=False,
+            ray=cluster.address,
+            watcher=told,
+        )
     finally:
         ray.shutdown()
         cluster.shutdown()
+    assert sorted(told.notes) == ["unet: back from the cluster", "unetpp: back from the cluster"]
     for ours, theirs in zip(here["rows"], there["rows"]):
         assert theirs["status"] == "ok" and ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-3)

@@ -526,7 +526,10 @@ def compare(
     precision: Precision = "auto",
     halving: Annotated[
         bool,
-        typer.Option("--halving", help="Try all papers on a part of the budget, and give all of it to the best only: a third of the time."),
+        typer.Option(
+            "--halving",
+            help="Try all papers on a part of the budget, and give all of it to the best only: of nine papers a third of the time.",
+        ),
     ] = False,
     ray: Annotated[str, typer.Option("--ray", help="Train the papers side by side on this Ray cluster: HOST:PORT, auto or local.")] = "",
     as_json: Json = False,

@@ -156,7 +156,7 @@ def compare(
     rows = {card.id: {"id": card.id, "name": card.name, "title": card.title, "year": card.year, "kind": "paper"} for card in cards}
     left, budgets = [card.id for card in cards], rungs(asked, len(cards)) if halving else [asked]
     for rung, budget_ in enumerate(budgets):
-        part = f"rung{rung}" if rung < len(budgets) - 1 else ""
+        part = f"part{SPARED ** (len(budgets) - 1 - rung)}" if rung < len(budgets) - 1 else ""  # of the budget: 3, 9, 27
         for name, trained in _trained(left, job, part, budget_, opened, ray, watcher):
             measured = costs and rung >= len(budgets) - 2  # the last choice weighs costs
             row = _failed(name, job, trained) if isinstance(trained, str) else _row(name, job, trained, budget_, opened, measured, watcher)
@@ -295,7 +295,7 @@ def _trained(
     """Each paper with its run folders or its failure; one after the other here, or all at once on a cluster."""
     if ray:
         jobs = [(name, job, part, budget, SilentWatcher()) for name in names]
-        yield from zip(names, on_cluster(ray, train_paper, data, jobs))
+        yield from zip(names, on_cluster(ray, train_paper, data, jobs, lambda i: watcher.note(f"{names[i]}: back from the cluster")))
         return
     for name in names:
         found = train_paper(data, name, job, part, budget, watcher)
