@@ -9,8 +9,9 @@ was increased; with all gates open what is left is relative position.
 As in the official code (facebookresearch/RAM, projects/cope): gates from the scaled product of query and key, closed by the mask after the sigmoid;
 logits interpolated, not embeddings; their sum with the content's divided by the root of d; embeddings from zero, shared by the heads of a layer;
 the decoder of its counting task, norms after the sums, output tied to the embeddings. Different from it: a source and a target stand behind one
-another, as the archive's task of translation has it, and padding between them is closed. A separate key for the gates, sharing between layers,
-the sum with relative positions and RoPE are not here.
+another, as the archive's task of translation has it, and padding between them is closed; the relative positions that it is compared with are its
+own with all gates open, a table from zero in each layer (officially one for all layers, from random numbers). A separate key for the gates, sharing
+between layers, the sum with relative positions and RoPE are not here.
 
 Shapes: B batch, L symbols of the source, T of the target, N tokens that can be looked at, M the last of them that ask, V symbols known, D width,
 A heads, d = D / A, P positions with an embedding of their own.
@@ -240,7 +241,7 @@ def build(spec: Spec, config: Config) -> Decoder:
 
 
 def recipe(config: Config) -> Recipe:
-    """The counting task's learning rate and batch; a small decoder's own."""
+    """The counting task's learning rate and batch, officially without decay or clipping; a small decoder's own."""
     if config.width < 256:
         return Recipe(
             optimizer="adam", lr=2e-3, beta2=0.98, schedule="inverse_sqrt", warmup=0.1, batch_size=64, clip=1.0, average=0.99,

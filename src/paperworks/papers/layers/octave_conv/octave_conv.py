@@ -39,7 +39,7 @@ class Octave:
     """The one number of the method."""
 
     alpha: float = 0.25
-    """Share of the channels at half the resolution; 0 changes nothing."""
+    """Share of the channels at half the resolution; 0 leaves one part, and of a ResNet's strides makes pooling all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
