@@ -7,9 +7,10 @@ every position before the average pooling; DropFactor, a dropout of whole factor
 
 As in the official code (lyttonhao/Factorized-Bilinear-Network, MXNet): two 1x1 convolutions, one of the linear terms and one of the factors;
 tanh in place of the last ReLU, so that what is squared is bounded; batch norm's epsilon 1e-5; gradients clipped at 10; k = 20, half of the
-factors dropped. Different from it: its layer is a custom operator that was not at hand, so DropFactor's mask is per image, output and factor
-by reading the paper; convolutions of the ResNet have no bias before a norm; the slow start is the warm-up from 0. ImageNet's networks
-are not built; as a layer the head goes onto any backbone.
+factors dropped. Different from its operator (in lyttonhao/mxnet), with the paper: inputs meet themselves too (it takes the terms in x_i^2 out
+again), and DropFactor scales in evaluation alone (it also divides by the chance in training). Different from it besides: DropFactor's mask is per
+image, output and factor (there one of k numbers for the whole step), F starts at 0.01 (there at the root of 2 / (k n)), one bias, none in the
+ResNet before a norm; the slow start is the warm-up from 0. ImageNet's networks are not built; as a layer the head goes onto any backbone.
 
 Shapes: B batch, C image channels, K classes, n inputs of the layer, j of c outputs, f of k factors, N positions, h w cells.
 """
