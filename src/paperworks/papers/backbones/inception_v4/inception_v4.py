@@ -296,9 +296,9 @@ def v1(m: Modules, config: Config) -> Stages:
 
 
 def v2_v3(m: Modules, config: Config) -> Stages:
-    """1512.00567. v2: 5x5 becomes two 3x3 (figure 5), 3x3 becomes 1x3 and 3x1 (figure 6); v3: 1x7 and 7x1, and 5x5 again in the first modules.
+    """1512.00567: 5x5 becomes two 3x3 (figure 5), n x n becomes 1xn and nx1 (figure 6), the last modules widen instead of deepen (figure 7).
 
-    At the coarsest resolution both widen instead of deepen (figure 7).
+    v3 is as released: n = 7, and 5x5 again in the first modules. The paper's v2 has n = 7 too; here it has 3, which sets the first step apart.
     """
     n, second = (3, 3) if config.architecture == "v2" else (7, 5)
 
