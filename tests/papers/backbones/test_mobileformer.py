@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from paperworks.errors import InputError
+from paperworks.papers.backbones.mobileformer.claim import ARMS
 from paperworks.papers.backbones.mobileformer.mobileformer import (
     VARIANTS,
     Block,
@@ -31,7 +32,7 @@ from paperworks.papers.backbones.mobileformer.mobileformer import (
     recipe,
 )
 from paperworks.papers.backbones.mobileformer.weights import SOURCES
-from peers import check_pyramid, randomised, relative
+from peers import check_pyramid, macs, randomised, relative
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -79,6 +80,16 @@ def test_parameters_and_multiply_adds_are_the_papers(name):
 
 def test_every_variant_is_counted_here():
     assert set(KNOWN) | {"small", "test"} == set(VARIANTS)
+
+
+def test_arms_of_the_claim_cost_the_same():
+    costs = {}
+    for arm, settings in ARMS.items():
+        with torch.device("meta"):
+            net = built(replace(VARIANTS["small"], stem=8, token_width=48, hidden=192, **settings))
+        costs[arm] = (sum(p.numel() for p in net.parameters()), round(macs(net, 32) / 1e6, 1))
+    assert costs["mobile_former"] == (178_562, 3.6)
+    assert costs["mobile"] == (76_802, 3.8)
 
 
 # --- Other implementations
@@ -230,13 +241,18 @@ def test_what_is_taken_away_is_gone():
 
 
 def test_where_tokens_look(evidence):
-    net = randomised(built(LITTLE))
-    maps = attended(net, torch.randn(2, 3, 32, 32))
+    net, image = randomised(built(LITTLE)), torch.randn(2, 3, 32, 32)
+    maps = attended(net, image)
     assert [tuple(m.shape) for m in maps] == [(2, 2, 3, 32, 32), (2, 2, 3, 16, 16), (2, 2, 3, 16, 16), (2, 2, 3, 8, 8)]
     for weights in maps:
         torch.testing.assert_close(weights.sum((3, 4)), torch.ones(2, 2, 3))
-    seen = torch.einsum("bamhw,bahwe->bame", maps[-1], net.pyramid(torch.randn(2, 3, 32, 32))[-1].unflatten(1, (2, -1)).movedim(2, -1))
-    assert seen.shape == (2, 2, 3, 6)
+    last, given = net.to_former, []
+    hook = last.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+    _, after = net.run(image)
+    hook.remove()
+    (x, z), weights = given[0], maps[-1].flatten(3)  # what was found with these weights is what the bridge gave
+    seen = (weights @ x.flatten(2).unflatten(1, (2, -1)).mT).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(last.norm(z + last.out(2 * F.hardsigmoid(last.gate(z)) * seen)), after)
     evidence.property("attention maps of every bridge sum to one over the cells")
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from paperworks.errors import InputError
+from paperworks.papers.backbones.mpvit.claim import ARMS
 from paperworks.papers.backbones.mpvit.mpvit import (
     VARIANTS,
     Config,
@@ -66,6 +67,16 @@ def test_parameters_and_multiply_adds_are_the_papers(name):
 def test_every_variant_is_counted_here():
     assert set(KNOWN) | {"laptop", "test"} == set(VARIANTS)
     assert set(PUBLISHED) == set(KNOWN)
+
+
+def test_arms_of_the_claim_cost_the_same():
+    costs = {}
+    for arm, settings in ARMS.items():
+        with torch.device("meta"):
+            net = built(replace(VARIANTS["laptop"], **settings))
+        costs[arm] = (sum(p.numel() for p in net.parameters()), round(macs(net, 32) / 1e6, 1))
+    assert costs["paths_3"] == (142_226, 7.5)
+    assert costs["path_1"] == (137_530, 7.3)
 
 
 # --- Other implementations
