@@ -1,11 +1,16 @@
-"""Tiled prediction of a large image by a small convolutional network: time and memory, ours against MONAI's sliding_window_inference.
+"""Tiled prediction of large images and of a volume: time and memory, ours against MONAI's sliding_window_inference.
 
-Window 512, overlap 50 %, one window at a time, an image of 4096 x 4096 and one four times as high; each prediction in a process of its
-own, whose peak resident memory above that of the same process without a prediction is reported. The image is a raw TIFF file on
-disk. Ours comes in two forms: ``array`` keeps image and probabilities in memory as MONAI does, ``rows`` reads rows and writes the
-classes into a TIFF file, which is what ``paperworks predict`` does with large files; MONAI's classes are written at the end.
+Each prediction is made in a process of its own, whose growth of peak resident memory over a tiny prediction is reported; arms take turns. The same weights, windows of 512
+pixels (of volumes 128 voxels a side) and MONAI's default overlap of a quarter:
 
-    python benchmarks/tiling.py [--rounds 3] [--side 4096] [--out DIR]
+- ``unet``: U-Net ``small`` on 4096 x 4096, where the network is what takes the time. MONAI's arm calls it as it was trained, ours as ``paperworks predict``
+  does (batch norms folded, channels last); ``bf16`` is ``predict --precision bf16``.
+- ``convolutions``: two of them, on 4096 x 4096 and on 16384 x 16384 pixels, where cutting and blending count as much, and memory counts most.
+- ``volume``: two convolutions on 300 x 512 x 512 voxels.
+
+Images are raw TIFF files on disk, of which ours reads rows; the classes are written into a TIFF file by all.
+
+    python benchmarks/tiling.py [--only unet,convolutions,volume] [--rounds 3] [--out DIR]
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,91 +32,167 @@ import tifffile
 import torch
 from torch import Tensor, nn
 
+import paperworks
 from harness import record, summary, table
 from paperworks.data.tiff import TiffRows, write_tiff
+from paperworks.export.predict import Bfloat16
+from paperworks.nn.fuse import fast
 from paperworks.tasks.base import Grid
-from paperworks.tasks.tiling import predict_array, predict_slabs
+from paperworks.tasks.contract import channels_last
+from paperworks.tasks.tiling import predict_slabs
 
-ARMS = ("paperworks/array", "paperworks/rows", "monai")
-WINDOW, OVERLAP, CLASSES = 512, 0.5, 3
+OVERLAP, CLASSES = 0.25, 3
 
 
-def network() -> nn.Module:
+@dataclass(frozen=True)
+class Work:
+    """What is predicted: sides of the image or volume, by which network, how often at most."""
+
+    network: str
+    size: tuple[int, ...]
+    rounds: int = 100
+
+    @property
+    def window(self) -> int:
+        """Side of the windows."""
+        return 512 if len(self.size) == 2 else 128
+
+
+WORKS = (
+    Work("unet", (4096, 4096)),
+    Work("convolutions", (4096, 4096)),
+    Work("convolutions", (16384, 16384), rounds=2),
+    Work("volume", (300, 512, 512)),
+)
+
+
+class Softmaxed(nn.Module):
+    """Probabilities of a network of ours, as its task deploys it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        """B C h w -> B K h w."""
+        return self.network(image)["logits"].softmax(1)
+
+
+def network(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, CLASSES, 3, padding=1), nn.Softmax(1)).eval()
+    if name == "unet":
+        return Softmaxed(paperworks.create("unet", variant="small", channels=1, classes=CLASSES, size=(512, 512))).eval()
+    conv = nn.Conv3d if name == "volume" else nn.Conv2d
+    return nn.Sequential(conv(1, 8, 3, padding=1), nn.ReLU(), conv(8, CLASSES, 3, padding=1), nn.Softmax(1)).eval()
 
 
 def unit(rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(rows.astype(np.float32) / 65535).permute(2, 0, 1)
+    return torch.from_numpy(rows.astype(np.float32) / 65535)
 
 
-def predict(arm: str, source: Path, target: Path) -> None:
-    net = network()
+def predict(arm: str, work: Work, source: Path, target: Path, size: tuple[int, ...]) -> None:
+    net = network(work.network)
+    forward: Callable[[Tensor], Tensor] = net
+    if arm != "monai":
+        deployed = Bfloat16(fast(net), print) if arm == "paperworks/bf16" else fast(net)
+        forward = lambda image: deployed(channels_last(image))  # noqa: E731
+    if len(size) == 3:
+        volume = np.memmap(source, np.uint16, "r", shape=size)
+        parts = tiled(arm, forward, lambda a, b: unit(volume[a:b])[None], size, work.window)
+        out = np.memmap(target, np.uint8, "w+", shape=size)
+        at = 0
+        for part in parts:
+            out[at : at + len(part)] = part
+            at += len(part)
+        return
     with TiffRows(source) as rows:
-        height, width = rows.height, rows.width
-        if arm == "paperworks/rows":
-            slabs = predict_slabs(net, lambda a, b: unit(rows(a, b)), (height, width), Grid(16), window=WINDOW, overlap=OVERLAP)
-            write_tiff(target, (slab.argmax(0).to(torch.uint8).numpy() for slab in slabs), height, width, np.uint8)
-            return
-        image = unit(rows(0, height))
-    if arm == "paperworks/array":
-        result = predict_array(net, image, Grid(16), window=WINDOW, overlap=OVERLAP)
-    else:
+        parts = tiled(arm, forward, lambda a, b: unit(rows(a, b)).permute(2, 0, 1), size, work.window)
+        write_tiff(target, parts, *size, np.uint8)
+
+
+def tiled(
+    arm: str, forward: Callable[[Tensor], Tensor], read: Callable[[int, int], Tensor], size: tuple[int, ...], window: int
+) -> Iterator:
+    """The classes, slab by slab; MONAI's come at once."""
+    if arm == "monai":
         from monai.inferers.utils import sliding_window_inference  # only this arm pays for its import
 
         with torch.inference_mode():
-            result = sliding_window_inference(image[None], (WINDOW, WINDOW), 1, net, overlap=OVERLAP, mode="gaussian")[0]
-    write_tiff(target, iter([result.argmax(0).to(torch.uint8).numpy()]), height, width, np.uint8)
+            image = read(0, size[0])[None]
+            yield (
+                sliding_window_inference(image, (window,) * len(size), 1, forward, overlap=OVERLAP, mode="gaussian")[0]
+                .argmax(0)
+                .byte()
+                .numpy()
+            )
+        return
+    for slab in predict_slabs(forward, read, size, Grid(16), window=window, overlap=OVERLAP):
+        yield slab.argmax(0).byte().numpy()
 
 
-def child(arm: str, source: Path, target: Path) -> None:
+def written(path: Path, size: tuple[int, ...]) -> None:
+    """Noise, in pieces."""
+    rng = np.random.default_rng(0)
+    if len(size) == 3:
+        out = np.memmap(path, np.uint16, "w+", shape=size)
+        for plane in out:
+            plane[:] = rng.integers(0, 65535, size[1:], np.uint16)
+    else:
+        pieces = (rng.integers(0, 65535, (1, size[1]), np.uint16) for _ in range(size[0]))
+        tifffile.imwrite(path, pieces, shape=size, dtype=np.uint16, rowsperstrip=1)
+
+
+def child(arm: str, work: Work, folder: Path) -> None:
     """Print seconds and the growth of the peak memory in MiB over that of a tiny prediction."""
-    tiny = source.with_name("tiny.tif")
-    predict(arm, tiny, target)
+    side = 64
+    predict(arm, work, folder / "tiny", folder / "out.tif", (side,) * len(work.size))
     kib = 1 if sys.platform != "darwin" else 1 / 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
     start = time.perf_counter()
-    predict(arm, source, target)
+    predict(arm, work, folder / "image", folder / "out.tif", work.size)
     seconds = time.perf_counter() - start
     print(json.dumps([seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib - before) / 1024]))
 
 
+def measured(work: Work, rounds: int) -> list[dict]:
+    """A row for each arm."""
+    arms = ("paperworks", *(("paperworks/bf16",) if work.network == "unet" else ()), "monai")
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    memory: dict[str, list[float]] = {arm: [] for arm in arms}
+    with tempfile.TemporaryDirectory() as name:
+        written(Path(name) / "tiny", (64,) * len(work.size))
+        written(Path(name) / "image", work.size)
+        for _ in range(min(rounds, work.rounds)):
+            for arm in arms:
+                command = [sys.executable, __file__, "--child", arm, str(WORKS.index(work)), name]
+                printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                taken, grown = json.loads(printed.splitlines()[-1])
+                seconds[arm].append(taken)
+                memory[arm].append(grown)
+    size = " x ".join(map(str, work.size))
+    found = summary(seconds, "paperworks")
+    return [{"network": work.network, "size": size, "arm": arm, "peak_mib": max(memory[arm])} | found[arm] for arm in arms]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="networks, separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--child", nargs=3, metavar=("ARM", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("ARM", "WORK", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        arm, source, target = options.child
-        child(arm, Path(source), Path(target))
+        arm, number, folder = options.child
+        child(arm, WORKS[int(number)], Path(folder))
         return
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rng = np.random.default_rng(0)
-        tifffile.imwrite(folder / "tiny.tif", rng.integers(0, 65535, (64, 64), np.uint16))
-        for height in (options.side, 4 * options.side):
-            source = folder / "image.tif"
-            tifffile.imwrite(source, rng.integers(0, 65535, (height, options.side), np.uint16))
-            seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-            memory: dict[str, list[float]] = {arm: [] for arm in ARMS}
-            for _ in range(options.rounds):
-                for arm in ARMS:
-                    command = [sys.executable, __file__, "--child", arm, str(source), str(folder / "out.tif")]
-                    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                    taken, grown = json.loads(printed.splitlines()[-1])
-                    seconds[arm].append(taken)
-                    memory[arm].append(grown)
-            for arm, numbers in summary(seconds, "paperworks/rows").items():
-                rows.append({"height": height, "width": options.side, "arm": arm, "peak_mib": max(memory[arm])} | numbers)
+    for work in WORKS:
+        if not options.only or work.network in options.only.split(","):
+            rows += measured(work, options.rounds)
+            print(table(rows[-3:] if work.network == "unet" else rows[-2:]), flush=True)
     print(table(rows))
-    print(
-        record(
-            "tiling", rows, options.out, ("monai", "tifffile"), window=WINDOW, overlap=OVERLAP, threads=os.environ.get("OMP_NUM_THREADS")
-        )
-    )
+    facts = {"overlap": OVERLAP, "threads": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))}
+    print(record("tiling", rows, options.out, ("monai", "tifffile"), **facts))
 
 
 if __name__ == "__main__":

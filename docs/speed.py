@@ -62,16 +62,17 @@ def rows() -> Iterator[Row]:
                 1 / r["times_ours"],
                 0.5,
             )
-    for r in recorded("tiling").get("rows", ()):
-        if r["arm"] == "monai":
-            size = f"{r['height']} x {r['width']}"
-            yield (
-                (f"tiled prediction, {size}", f"分块预测，{size}"),
-                ms(1e3 * r["seconds"] / r["times_ours"]),
-                ms(1e3 * r["seconds"]),
-                1 / r["times_ours"],
-                0.6,
-            )
+    tiled = {(r["network"], r["size"], r["arm"]): r["seconds"] for r in recorded("tiling").get("rows", ())}
+    for (network, size, arm), seconds in tiled.items():
+        if arm != "monai":
+            form, theirs = " in bf16" if arm == "paperworks/bf16" else "", tiled[network, size, "monai"]
+            said = f"tiled prediction, {network}{form}, {size}", f"分块预测，{network}{form.replace(' in', '')}，{size}"
+            yield said, ms(1e3 * seconds), ms(1e3 * theirs), seconds / theirs, 0.6
+    loaded = {(r["workers"], r["arm"]): r["seconds"] for r in recorded("loading").get("rows", ())}
+    for workers in sorted({workers for workers, _ in loaded}):
+        seconds, theirs = loaded[workers, "paperworks"], loaded[workers, "torchvision"]
+        said = f"training images read and varied, {workers} workers", f"训练图像的读取与增强，{workers} 个进程"
+        yield said, ms(1e3 * seconds), ms(1e3 * theirs), seconds / theirs, 1.0
     for r in recorded("startup").get("rows", ()):
         yield (f"start-up: {r['what']}", f"启动：{r['what']}"), ms(1e3 * r["seconds"]), ms(1e3 * r["limit"]), r["seconds"] / r["limit"], 1.0
     for r in recorded("gallery").get("rows", ()):

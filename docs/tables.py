@@ -11,63 +11,24 @@ from pathlib import Path
 import speed
 
 from paperworks import evidence, papers
+from paperworks.gallery.site import TASKS, VERDICTS
 from paperworks.study.audit import audit
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- papers: written by `make docs` -->", "<!-- end of papers -->"
-WORDS = {
-    "README.md": {
-        "head": ("paper", "year", "task", "level", "claim", "fidelity", "on its pack", "verdict"),
-        "held": "held",
-        "not held": "did not hold",
-        None: "not run",
-        "deployable": "deployable",
-        "buildable": "buildable",
-        "watch": "watch",
-        "segmentation": "segmentation",
-        "classification": "classification",
-        "detection": "detection",
-        "restoration": "restoration",
-        "representation": "representation",
-        "generation": "generation",
-        "video": "video",
-        "reading": "reading",
-        "captions": "captions",
-        "translation": "translation",
-        "contours": "contours",
-        "meshes": "meshes",
-        "documents": "documents",
-        "recommendation": "recommendation",
-    },
-    "README.zh.md": {
-        "head": ("论文", "年份", "任务", "证据等级", "主张", "保真度", "在其数据包上", "结论"),
-        "held": "成立",
-        "not held": "未成立",
-        None: "未运行",
-        "deployable": "可落地",
-        "buildable": "可构建系统",
-        "watch": "需关注",
-        "segmentation": "分割",
-        "classification": "分类",
-        "detection": "检测",
-        "restoration": "复原",
-        "representation": "表征",
-        "generation": "生成",
-        "video": "视频分类",
-        "reading": "文字识别",
-        "captions": "图像描述",
-        "translation": "翻译",
-        "contours": "轮廓",
-        "meshes": "网格",
-        "documents": "单据",
-        "recommendation": "推荐",
-    },
-}
+FILES = {"README.md": 0, "README.zh.md": 1}
+"""Each with the place of its language in a pair of words."""
+HEAD = (
+    ("paper", "year", "task", "level", "claim", "fidelity", "on its pack", "verdict"),
+    ("论文", "年份", "任务", "证据等级", "主张", "保真度", "在其数据包上", "结论"),
+)
+OUTCOMES = {"held": ("held", "成立"), "not held": ("did not hold", "未成立"), None: ("not run", "未运行")}
 
 
-def table(words: dict) -> str:
+def table(language: int) -> str:
     """The Markdown table of all papers."""
-    rows = [words["head"], ("---",) * len(words["head"])]
+    note = ("note.md", "note.zh.md")[language]
+    rows = [HEAD[language], ("---",) * len(HEAD[language])]
     for card in papers.cards().values():
         found, usable = audit(card.id, stale=False), evidence.read(card.id, "usable")
         fidelity = (
@@ -78,17 +39,16 @@ def table(words: dict) -> str:
             if usable and "value" in usable
             else "-"
         )
-        name = f"[{card.name}](src/paperworks/papers/{card.section}/{card.id}/note{'.zh' if words['held'] == '成立' else ''}.md)"
         rows.append(
             (
-                f"`{card.id}` {name}",
+                f"`{card.id}` [{card.name}](src/paperworks/papers/{card.section}/{card.id}/{note})",
                 str(card.year),
-                words[card.task],
+                TASKS[card.task][language].lower(),
                 str(found["level"]),
-                words[found["claim"]],
+                OUTCOMES[found["claim"]][language],
                 fidelity,
                 pack,
-                words[found["verdict"]],
+                VERDICTS[found["verdict"]][language],
             )
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -97,10 +57,10 @@ def table(words: dict) -> str:
 def main() -> int:
     """Rewrite all files, or with --check say which is out of date."""
     texts = dict(speed.pages())
-    for name, words in WORDS.items():
+    for name, language in FILES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         before, rest = text.split(BEGIN)
-        texts[name] = f"{before}{BEGIN}\n{table(words)}\n{END}{rest.split(END)[1]}"
+        texts[name] = f"{before}{BEGIN}\n{table(language)}\n{END}{rest.split(END)[1]}"
     outdated = [n for n, new in texts.items() if not (ROOT / n).exists() or (ROOT / n).read_text(encoding="utf-8") != new]
     if "--check" in sys.argv:
         if outdated:

@@ -74,6 +74,14 @@ def test_run_and_export_agree(run: Path, exported: Path, blobs: Path, tmp_path: 
             assert (np.asarray(a) == np.asarray(b)).mean() > 0.99
 
 
+def test_predict_in_bfloat16(run: Path, exported: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(blobs / "images"), "--out", str(tmp_path / "out"), "--precision"]
+    assert main(["predict", str(run), *command, "bf16"]) == 0
+    assert "bf16: on the first input the outputs differ from float32's by 0." in capsys.readouterr().err
+    assert main(["predict", str(run), *command, "half"]) == 2 and "--precision 'half' is not one of fp32, bf16" in capsys.readouterr().err
+    assert main(["predict", str(exported), *command, "bf16"]) == 2 and "computes as it was exported" in capsys.readouterr().err
+
+
 def test_predict_large_tiff_by_rows(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The streamed path gives what the path in memory gives."""
     from paperworks.tasks import masks

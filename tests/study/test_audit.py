@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 from paperworks import evidence, papers
+from paperworks.errors import InputError
 from paperworks.study import audit as study
-from paperworks.study.audit import audit, current_code
+from paperworks.study import measure as measured
+from paperworks.study.audit import audit, current_code, record_costs
+from paperworks.study.measure import measure_subject
+from paperworks.tasks import task
 
 GOOD = {
     "builds": {"parameters": {}, "problems": []},
@@ -94,3 +98,25 @@ def test_what_explains_is_shown_on_a_network_of_another_paper(results: Path) -> 
         assert audit(name)["level"] == 4 and audit(name)["verdict"] == "deployable"
         record(name, usable=usable, cost={"latency_ms": {"explain": {"1": {"p50": 5000.0}}}})
         assert audit(name)["verdict"] == "buildable"
+
+
+def test_costs_measured_again(results: Path, blobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usable, card = GOOD["usable"] | {"pack": str(blobs), "variant": "test"}, papers.card("unet")
+    real = measure_subject("unet", variant="test", spec=task("segmentation")(blobs).spec, seconds=0.01)
+    record("unet", usable=usable, cost=real | {"latency_ms": {}})
+    found = record_costs("unet", seconds=0.01)
+    kept = evidence.read("unet", "cost")
+    assert kept is not None and kept["latency_ms"] == found["latency_ms"] != {} and kept["variant"] == "test"
+    assert kept["code"] == current_code(card, "usable") and kept["size"] == list(task("segmentation")(blobs).spec.size)
+    monkeypatch.setattr(measured, "measure_subject", lambda *_, **__: {"paper": "unet"} | real | {"flops": 1})
+    with pytest.raises(InputError, match="unet: flops depend on what was trained"):
+        record_costs("unet")
+    monkeypatch.setattr(study, "current_code", lambda card, level: "another")
+    with pytest.raises(InputError, match="not recorded with today's code; run `paperworks audit unet --record`"):
+        record_costs("unet", seconds=0.01)
+
+
+def test_costs_of_what_is_no_network(results: Path) -> None:
+    record("grad_cam", usable=GOOD["usable"] | {"variant": "none"})
+    with pytest.raises(InputError, match="grad_cam is no network"):
+        record_costs("grad_cam")

@@ -70,6 +70,15 @@ def test_memory_is_that_of_the_largest_map_and_long_batches_are_left_out():
         assert 0.9 * map_mib < found["peak_memory_mib"] < 2.5 * map_mib
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is read from Linux")
+def test_memory_of_a_network_of_one_size():
+    """Its first pass needs all that the second does: what it freed must not be taken again unseen."""
+    wide = on(Grid(fixed=512), nn.Conv2d(1, 64, 1), nn.Conv2d(64, 1, 1))
+    found = measure(wide, task=Segmentation, spec=Segmentation.plain_spec(1), size=(512, 512), batches=(1,), seconds=1e-6)
+    map_mib = 64 * 512 * 512 * 4 / 2**20  # 64
+    assert 0.9 * map_mib < found["peak_memory_mib"] < 2.5 * map_mib
+
+
 def test_a_paper_by_name():
     found = measure_subject("unet", variant="test", size=40, channels=1, classes=3, seconds=0.02)
     assert (found["paper"], found["variant"]) == ("unet", "test")

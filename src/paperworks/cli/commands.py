@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from paperworks.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +30,13 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="Change a field of the paper's configuration or recipe, as key=value; repeat for more.")
 ]
 Precision = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
+Shortened = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="fp32, or bf16: about half the time on processors that compute in it; the difference on the first input is printed.",
+    ),
+]
 Workers = Annotated[int, typer.Option("--workers", help="Processes that read and augment; 0 does it in this one.")]
 
 
@@ -66,6 +70,18 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def _default_budget(budget: str | None, epochs: float | None, steps: int | None) -> str | None:
     return "10m" if budget is None and epochs is None and steps is None else budget
+
+
+def _model(source: str, precision: str) -> Any:
+    """A trained network, which says what another precision costs when it has seen its first input."""
+    from paperworks.export.predict import load_model
+
+    _choice("--precision", precision, ("fp32", "bf16"))
+
+    def told(apart: float) -> None:
+        _console().print(f"bf16: on the first input the outputs differ from float32's by {apart:.2%}", highlight=False)
+
+    return load_model(source, precision=precision, told=told)  # type: ignore[arg-type]
 
 
 def _open(task_name: str, source: str) -> Any:
@@ -365,6 +381,7 @@ def evaluate(
     refiner: Annotated[str | None, typer.Option("--with", help="An inference method that refines the predictions, as dense_crf.")] = None,
     settings: Set = None,
     split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
+    precision: Shortened = "fp32",
     as_json: Json = False,
 ) -> None:
     """Measure a trained model on labelled data, besides the baselines.
@@ -372,10 +389,10 @@ def evaluate(
     Example: paperworks evaluate runs/unet ./more_images --json
     """
     from paperworks.cli.progress import counting
-    from paperworks.export.predict import build_refiner, load_model
+    from paperworks.export.predict import build_refiner
 
     _choice("--split", split, ("val", "train"))
-    model = load_model(run)
+    model = _model(run, precision)
     refine = build_refiner(refiner, _settings(settings)) if refiner else None
     opened = _open(model.spec.task, data)
     opened.check(model.spec)
@@ -409,6 +426,7 @@ def predict(
     shard: Annotated[
         str, typer.Option("--shard", help="Only this part of the files, as 2/8. A part that writes a table needs its own --out.")
     ] = "1/1",
+    precision: Shortened = "fp32",
 ) -> None:
     """Predict files of any size. Masks keep the images' names and sizes, and their values are class indexes; other tasks write what is
     usual there.
@@ -417,10 +435,10 @@ def predict(
     paperworks predict unet.onnx scan.tif --out masks --with dense_crf --set sigma_colour=5
     """
     from paperworks.cli.progress import counting
-    from paperworks.export.predict import build_refiner, load_model, predict_files
+    from paperworks.export.predict import build_refiner, predict_files
     from paperworks.tasks.contract import Options
 
-    model = load_model(run)
+    model = _model(run, precision)
     refine = build_refiner(refiner, _settings(settings)) if refiner else None
     if settings and not refiner:
         raise InputError("--set changes an inference method here; name it with --with")
@@ -653,6 +671,7 @@ def export(
 def audit(
     papers_: Annotated[list[str] | None, typer.Argument(help="Ids; default: all.", metavar="[ID...]")] = None,
     record: Annotated[bool, typer.Option("--record", help="Check levels 1 and 4 now and keep the evidence in results/.")] = False,
+    costs: Annotated[bool, typer.Option("--costs", help="Measure the costs of level 4 on this machine and keep them in results/.")] = False,
     budget: Annotated[str, typer.Option("--budget", help="Training time of --record.")] = "60s",
     as_json: Json = False,
 ) -> None:
@@ -677,6 +696,18 @@ def audit(
             record_builds(name)
             with tempfile.TemporaryDirectory() as folder, TrainingBar(name) as bar:
                 record_usable(name, Path(folder), budget=parse_duration(budget), listener=bar)
+    if costs:
+        from paperworks.study.audit import record_costs
+
+        refused = []
+        for name in ids:
+            with _console().status(name) as status:
+                try:
+                    record_costs(name, progress=lambda what, name=name: status.update(f"{name}: {what}"))
+                except InputError as error:
+                    refused.append(str(error))
+        if refused:
+            raise InputError("; ".join(refused))
     found = [look(name) for name in ids]
     if as_json:
         return _print_json(found)

@@ -45,7 +45,7 @@ class TrainingBar:
         self.name, self.own = name, bars is None
         self.bars = bars or _bars()
         self.row: Any = None
-        self.candidates: Any = None
+        self.searching: Any = None
         self.looked = ""
 
     def __enter__(self) -> TrainingBar:
@@ -72,9 +72,16 @@ class TrainingBar:
 
     def tried(self, done: int, count: int, value: float) -> None:
         """A candidate of a search is trained."""
-        if self.candidates is None:
-            self.candidates = self.bars.add_task(f"{self.name}: candidates", total=count, values="")
-        self.bars.update(self.candidates, completed=done, values=f"value {value:.3f}")
+        self._search("candidates", done, count, f"value {value:.3f}")
+
+    def searched(self, done: int, steps: int) -> None:
+        """A step of the search is done."""
+        self._search("search", done, steps, "")
+
+    def _search(self, what: str, done: int, total: int, values: str) -> None:
+        if self.searching is None:
+            self.searching = self.bars.add_task(f"{self.name}: {what}", total=total, values="")
+        self.bars.update(self.searching, completed=done, values=values)
 
 
 class ComparisonBars:

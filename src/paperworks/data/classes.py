@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -34,9 +34,6 @@ from paperworks.data.layouts import SPLITS, Item, Problem, is_hidden
 from paperworks.data.packs import source_path
 from paperworks.data.sheets import columns, records
 from paperworks.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 FILE_COLUMNS = ("file", "filename", "image", "path", "name")
 LABEL_COLUMNS = ("label", "class", "category", "target", "species")

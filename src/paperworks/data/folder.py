@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Integer, Shaped, UInt8
@@ -35,9 +35,6 @@ from paperworks.data.layouts import Found, Item, Problem
 from paperworks.data.nifti import Geometry, is_readable, is_volume, read_array, read_geometry, read_mask_or_labels, stem
 from paperworks.data.packs import source_path
 from paperworks.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 Progress = Callable[[int, int], None]
 """Called with (files done, files in all)."""

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -30,9 +30,6 @@ from paperworks.data.layouts import SPLITS, Item, Problem
 from paperworks.data.packs import source_path
 from paperworks.data.sheets import columns, records
 from paperworks.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 FILE_COLUMNS = ("file", "filename", "image", "path", "name")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "word", "words")

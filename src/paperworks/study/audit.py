@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -328,3 +328,40 @@ def record_usable(name: str, out: Path, *, budget: float, listener: Any = None) 
     evidence.record(name, "usable", code, content)
     evidence.record(name, "cost", code, {"variant": content["variant"], **cost})
     return content
+
+
+def record_costs(name: str, *, seconds: float = 2.0, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Measure on this machine what the network of level 4 costs, and keep it in ``results/<id>/cost.json``.
+
+    Its weights are fresh, so that nothing is trained. That is only fair where they decide neither what is computed nor how it is stored, which parameters,
+    operations and activations tell.
+
+    Args:
+        name: the paper.
+        seconds: spent on each form at each batch size, about.
+        progress: is told what is measured next.
+
+    Raises:
+        InputError: level 4 was not recorded with today's code, or the network does other work than the recorded one.
+    """
+    from paperworks.study.measure import measure_subject
+    from paperworks.tasks import task
+
+    card = papers.card(name)
+    usable, before, code = evidence.read(name, "usable"), evidence.read(name, "cost"), current_code(card, "usable")
+    again = f"run `paperworks audit {name} --record`"
+    if usable is None or before is None or usable["code"] != code:
+        raise InputError(f"{name}: level 4 was not recorded with today's code; {again}")
+    if not card.variants:
+        raise InputError(f"{name} is no network but a {card.kind}; {again}")
+    data = task(card.task)(usable["pack"])
+    found = measure_subject(name, variant=usable["variant"], spec=data.spec, seconds=seconds, progress=progress)
+    for key in ("params", "flops", "activations"):
+        if found[key] != before.get(key):
+            raise InputError(
+                f"{name}: {key} depend on what was trained ({before.get(key)} recorded, {found[key]} with fresh weights); {again}"
+            )
+    del found["paper"]
+    found.pop("onnx", None)
+    evidence.record(name, "cost", code, found)
+    return found

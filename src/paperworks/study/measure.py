@@ -115,6 +115,7 @@ def measure_subject(
     size: int | None = None,
     channels: int = 3,
     classes: int = 2,
+    spec: Spec | None = None,
     seconds: float = 2.0,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -126,6 +127,7 @@ def measure_subject(
         size: sides of the image; default: those of the run's data, or 256 (64 for volumes).
         channels: of the image, for a paper.
         classes: for a paper.
+        spec: what a paper's network is built for, in place of ``channels`` and ``classes``.
         seconds: spent on each form at each batch size, about.
         progress: is told what is measured next.
 
@@ -146,9 +148,10 @@ def measure_subject(
             raise InputError(f"{name} is no network but a {card.kind}; measure a network, or a run that was trained with it")
         variant = variant or papers.paper(name).auto[0]
         paper, config, _ = configure(name, variant, {})
-        ndim = getattr(config, "ndim", 2)
-        sides = (size or SIDE[ndim],) * ndim
-        spec = tasks.task(card.task).plain_spec(channels, classes, ndim, sides)
+        if spec is None:
+            ndim = getattr(config, "ndim", 2)
+            spec = tasks.task(card.task).plain_spec(channels, classes, ndim, (size or SIDE[ndim],) * ndim)
+        sides = spec.size
         network = paper.build(spec, config)
     kind = tasks.task(spec.task)
     deployed = kind.deploy(network, spec).eval()

@@ -113,10 +113,11 @@ def predict_slabs(
             if sums is None:
                 sums = torch.zeros(predicted.shape[1], first.output, *(axis.origins[-1] + axis.output for axis in others))
             for place, part in zip(places[j : j + batch], predicted):
-                for k, weights in enumerate((first.weights[i], *(a.weights[n] for a, n in zip(others, place))), start=1):
-                    part = part * weights.view(-1, *(1,) * (part.ndim - 1 - k))
+                weights = first.weights[i]
+                for axis, n in zip(others, place):
+                    weights = weights[..., None] * axis.weights[n]
                 where = [slice(a.origins[n], a.origins[n] + a.output) for a, n in zip(others, place)]
-                sums[(slice(None), slice(None), *where)] += part
+                sums[(slice(None), slice(None), *where)].addcmul_(part, weights)
         assert sums is not None
         done = (first.origins[i + 1] if i + 1 < len(first.origins) else size[0]) - top
         yield sums[(slice(None), slice(done), *map(slice, size[1:]))].clone()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import nn
 
 if TYPE_CHECKING:
+    from paperworks.tasks.base import Recipe
     from paperworks.tasks.contract import Task
 
 
@@ -33,6 +34,8 @@ class Trials(Protocol):
     """For a search that trains one network of its own: ``train`` are the items of the candidates, ``val`` those that value them."""
     steps: int
     """Training steps of each candidate; of a search that trains one network, of that."""
+    recipe: Recipe
+    """What was asked for, ``--set`` included; for a search that trains one network of its own."""
 
     @property
     def seed(self) -> int:
@@ -60,6 +63,10 @@ class Trials(Protocol):
 
     def value(self, network: nn.Module) -> float:
         """The task's metric of a network as it is, on the items that were held out."""
+        ...
+
+    def stepped(self, done: int) -> None:
+        """Is told by a search that trains one network of its own how many of its ``steps`` are done."""
         ...
 
 

@@ -66,6 +66,9 @@ class Listener(Protocol):
     def tried(self, done: int, count: int, value: float) -> None:
         """Of ``count`` candidates of a search, ``done`` are trained; the last is worth ``value``."""
 
+    def searched(self, done: int, steps: int) -> None:
+        """Of the ``steps`` of the one network that a search trains, ``done`` are done."""
+
 
 class Silent:
     """A listener that says nothing; a base for those that listen to some things only."""
@@ -80,6 +83,9 @@ class Silent:
         """Nothing."""
 
     def tried(self, done: int, count: int, value: float) -> None:
+        """Nothing."""
+
+    def searched(self, done: int, steps: int) -> None:
         """Nothing."""
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from paperworks.errors import InputError
 from paperworks.files import occupied, write_json
-from paperworks.tasks.base import Paper, Spec, grid_of
+from paperworks.tasks.base import Paper, Recipe, Spec, grid_of
 from paperworks.tasks.contract import Task
 from paperworks.tasks.trials import Search, Trial
 from paperworks.train.budget import Budget
@@ -72,7 +72,14 @@ class Trainings:
     """Address of a Ray cluster, or ``local``; empty: one after the other in this process."""
     told: Callable[[int, float], None] = lambda done, value: None
     """Is told how many candidates are done, and the value of the last."""
+    stepped: Callable[[int], None] = lambda done: None
+    """Is told how many steps are done where one network is trained."""
     done: int = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """With what ``--set`` changes."""
+        return configure(self.request.paper, self.request.variant, self.request.settings)[2]
 
     @property
     def seed(self) -> int:
@@ -188,13 +195,23 @@ def search(request: Request, data: Task, out: Path, *, resume: bool, ray: str, l
         raise InputError(f"{out} is not empty; take another --out, or --resume to go on with the search in it")
     if request.devices * request.nodes > 1:
         raise InputError("a search runs in one process, or on a Ray cluster with --ray; leave --devices and --nodes out")
+    if ray and count == 1:
+        raise InputError(f"the search of {request.paper} trains one network, and a cluster would have nothing to share; leave --ray out")
     if not data.higher_is_better:
         raise InputError(f"{data.metric} is better the smaller it is; a search needs a measure that grows")
     began, inner = time.perf_counter(), divided(data)
     steps = _steps(request, looking, config, inner, count, out)
     log.info("searching: %d candidates of %d steps", count, steps)
-    tell = (listener or Silent()).tried
-    trainings = Trainings(request, inner, steps, out / "search", ray, lambda done, value: tell(done, count, value))
+    listener = listener or Silent()
+    trainings = Trainings(
+        request,
+        inner,
+        steps,
+        out / "search",
+        ray,
+        told=lambda done, value: listener.tried(done, count, value),
+        stepped=lambda done: listener.searched(done, steps),
+    )
     found = dict(looking.find(config, trainings))
     spent = time.perf_counter() - began
     log.info("found %s in %.0f s", found, spent)

@@ -161,28 +161,37 @@ def test_gradient_of_the_layer(evidence):
 # --- DropFactor
 
 
-def test_drop_factor_drops_whole_factors_of_an_image(evidence):
+@torch.no_grad()
+def test_drop_factor_drops_whole_factors_of_a_step(evidence):
     fb = layer(5, 3, factors=4, drop=0.5).train()
-    x = torch.randn(200, 5, 1, 1).expand(-1, -1, 3, 3).contiguous()
+    x = torch.randn(20, 5, 1, 1).expand(-1, -1, 3, 3).contiguous()
     squares = fb.factor(x).square().unflatten(1, (-1, 4))[..., 0, 0]  # B c k
     torch.manual_seed(3)
-    out = fb.interactions(x)
-    torch.testing.assert_close(out, out[..., :1, :1].expand_as(out))  # the same factors at all positions
+    steps = torch.stack([fb.interactions(x) for _ in range(400)])
+    torch.testing.assert_close(steps, steps[..., :1, :1].expand_as(steps))  # the same factors at all positions
     kept = torch.tensor([[(n >> f) & 1 for f in range(4)] for n in range(16)]).float()
-    sums = squares @ kept.T  # all that dropping can leave
-    distance, nearest = (sums - out[..., :1, 0]).abs().min(2)
+    sums = squares @ kept.T  # all that dropping can leave, B c 16
+    distance, nearest = (sums - steps[..., :1, 0]).abs().amax((1, 2)).min(1)  # the same for all images and outputs
     assert distance.max() < 1e-4
-    drawn = kept[nearest].flatten(1)  # B ck
+    drawn = kept[nearest]  # steps k
     assert (drawn.mean(0) - 0.5).abs().max() < 0.15
-    assert (drawn.T.corrcoef() - torch.eye(12)).abs().max() < 0.3  # each factor of each output by itself
-    mean = torch.stack([fb.interactions(x)[..., 0, 0] for _ in range(200)]).mean(0)
+    assert (drawn.T.corrcoef() - torch.eye(4)).abs().max() < 0.3  # each factor by itself
+    mean = steps[..., 0, 0].mean(0)
     fb.eval()
     torch.testing.assert_close(fb.interactions(x)[..., 0, 0], squares.sum(2) / 2)
     assert float(((mean - squares.sum(2) / 2).norm() / mean.norm()).detach()) < 0.1
     assert torch.equal(fb.linear(x), layer(5, 3, factors=4).linear(x))
     evidence.property(
-        "DropFactor: whole squares of an image and an output, not inputs and not positions; evaluation is the mean of training"
+        "DropFactor: whole factors, one draw for all images, outputs and positions of a step; evaluation is the mean of training"
     )
+
+
+def test_factors_start_as_in_the_authors_script():
+    """Their initialiser counts k n inputs for a weight of shape c k n 1 1."""
+    torch.manual_seed(0)
+    weight = FactorizedBilinear(336, 100, Factors()).factor.weight
+    assert float(weight.detach().std()) == pytest.approx((2 / (20 * 336)) ** 0.5, rel=0.01)
+    assert float(FactorizedBilinear(336, 100, Factors(start=0.03)).factor.weight.detach().std()) == pytest.approx(0.03, rel=0.01)
 
 
 # --- As a layer

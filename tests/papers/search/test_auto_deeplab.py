@@ -36,6 +36,7 @@ from paperworks.papers.search.auto_deeplab.auto_deeplab import (
     operation,
     parsed,
     paths,
+    recipe,
     strongest,
     transitions,
     viterbi,
@@ -422,7 +423,10 @@ def test_weights_and_architecture_learn_in_turn_from_different_items(blobs: Path
             data.asked.clear()
 
         monkeypatch.setattr(kind, "step", step)
-    found = find(LEAST, SimpleNamespace(data=data, steps=6, seed=0))  # pyright: ignore[reportArgumentType]
+    told: list[int] = []
+    trials: Any = SimpleNamespace(data=data, steps=6, seed=0, recipe=recipe(LEAST), stepped=told.append)
+    found = find(LEAST, trials)
+    assert told == [2, 3, 4, 6]  # of six steps, after each of four rounds
     assert [name for name, *_ in log] == ["SGD"] * 2 + ["SGD", "Adam"] * 2
     assert {count for name, count, *_ in log if name == "Adam"} == {2}
     assert all(changed for _, _, changed, _ in log)
@@ -430,7 +434,7 @@ def test_weights_and_architecture_learn_in_turn_from_different_items(blobs: Path
     assert one and other and not one & other
     assert one | other <= {item.name for item in data.train}
     assert len(parsed(found["architecture"]).path) == 2
-    assert found == find(LEAST, SimpleNamespace(data=data, steps=6, seed=0))  # pyright: ignore[reportArgumentType]
+    assert found == find(LEAST, trials)
     evidence.property("first weights alone, then weights and architecture in turn, from halves of the images that do not overlap")
 
 
@@ -441,10 +445,16 @@ def test_halves_keep_groups_whole():
     assert not {i.group for i in one} & {i.group for i in other}
 
 
-def test_training_begins_with_the_search(blobs: Path, tmp_path: Path):
+def test_training_begins_with_the_search(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = {"layers": 2, "blocks": 1, "stem": (4, 4, 8), "search_filters": 2, "filters": 2, "features": 8, "patch": 32, "batch_size": 2}
+    batches = []
+    forward = Supernet.forward
+    monkeypatch.setattr(Supernet, "forward", lambda self, image: batches.append(tuple(image.shape)) or forward(self, image))
     run = fit("auto_deeplab", blobs, tmp_path / "run", variant="small", steps=6, settings=settings, precision="fp32")
+    assert {(2, 1, 33, 33)} == set(batches), "--set batch_size and patch hold for the search too"  # 32 k + 1
     assert isinstance(run.network(), AutoDeepLab)
     assert len(run.request.settings["architecture"].split(";")[0].split()) == 2
     assert run.record["steps"] == 3
+    with pytest.raises(InputError, match="trains one network"):
+        fit("auto_deeplab", blobs, tmp_path / "shared", variant="small", steps=6, settings=settings, ray="local")
     assert PAPER.search is not None and PAPER.search.trials(VARIANTS["s"]) == 0 < PAPER.search.trials(VARIANTS["small"])

@@ -4,7 +4,7 @@
 Inception-BN of a quarter of the width, whose last activation is tanh; ``quadratic`` has 20 factors an output with DropFactor, ``linear``
 none, and nothing else differs.
 
-It can fail: the layer's gradients begin small, as F begins at 0.01, and 150 steps may end before the quadratic terms say much. ``without`` is
+It can fail: DropFactor is noise for a network that has hardly begun, and 150 steps may end before the quadratic terms say much. ``without`` is
 the accuracy of the trained quadratic network when these terms are taken away, to see whether it uses them.
 """
 

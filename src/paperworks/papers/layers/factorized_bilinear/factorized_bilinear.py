@@ -5,12 +5,12 @@ Li, Wang, Liu and Hou, "Factorized Bilinear Models for Image Recognition", ICCV 
 y_j = b_j + w_j . x + x F_j' F_j x costs k more weights an input in place of n (factorisation machines). It takes the classifier's place, at
 every position before the average pooling; DropFactor, a dropout of whole factors, keeps it from overfitting.
 
-As in the official code (lyttonhao/Factorized-Bilinear-Network, MXNet): two 1x1 convolutions, one of the linear terms and one of the factors;
-tanh in place of the last ReLU, so that what is squared is bounded; batch norm's epsilon 1e-5; gradients clipped at 10; k = 20, half of the
-factors dropped. Different from its operator (in lyttonhao/mxnet), with the paper: inputs meet themselves too (it takes the terms in x_i^2 out
-again), and DropFactor scales in evaluation alone (it also divides by the chance in training). Different from it besides: DropFactor's mask is per
-image, output and factor (there one of k numbers for the whole step), F starts at 0.01 (there at the root of 2 / (k n)), one bias, none in the
-ResNet before a norm; the slow start is the warm-up from 0. ImageNet's networks are not built; as a layer the head goes onto any backbone.
+As in the official code (lyttonhao/Factorized-Bilinear-Network, whose operator is in lyttonhao/mxnet): two 1x1 convolutions, one of the linear terms
+and one of the factors; tanh in place of the last ReLU, so that what is squared is bounded; F from a variance of 2 / (k n); k = 20, of which half are
+dropped, in one draw for all images and outputs of a step; batch norm's epsilon 1e-5; gradients clipped at 10. Different from it, with the paper:
+inputs meet themselves too (the operator takes the terms in x_i^2 out again), and DropFactor scales in evaluation alone (the operator also divides
+by the chance in training). Different for ease: one bias, none in the ResNet before a norm; the slow start is the warm-up from 0. ImageNet's
+networks are not built; as a layer the head goes onto any backbone.
 
 Shapes: B batch, C image channels, K classes, n inputs of the layer, j of c outputs, f of k factors, N positions, h w cells.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import sqrt
 from typing import Literal
 
 import torch
@@ -42,8 +43,8 @@ class Factors:
     """k: the rank of each output's matrix; 0 is a linear layer."""
     drop: float = 0.5
     """DropFactor: the chance that a factor is dropped from a training step."""
-    start: float = 0.01
-    """Standard deviation of F at the start; the quadratic terms explode from large ones."""
+    start: float | None = None
+    """Standard deviation of F at the start, by default the root of 2 / (k n); the quadratic terms explode from large ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +73,15 @@ class FactorizedBilinear(nn.Module):
         self.linear = nn.Conv2d(inputs, outputs, 1, bias=bias)
         self.factor = nn.Conv2d(inputs, outputs * self.factors, 1, bias=False) if self.factors else None  # F, output by output
         if self.factor is not None:
-            nn.init.normal_(self.factor.weight, std=config.start)
+            nn.init.normal_(self.factor.weight, std=sqrt(2 / (self.factors * inputs)) if config.start is None else config.start)
 
     def interactions(self, x: Float[Tensor, "B n h w"]) -> Float[Tensor, "B c h w"]:
-        """Sum of (F_jf . x)^2 over f; some of the squares are dropped in training, all are scaled by the chance to stay in evaluation."""
+        """Sum of (F_jf . x)^2 over f; in training some f are dropped from it, in evaluation all are scaled by the chance to stay."""
         assert self.factor is not None
         squares = self.factor(x).square().unflatten(1, (-1, self.factors))  # B c k h w
         if self.training and self.keep < 1:
-            mask = torch.rand(squares.shape[:3], device=x.device) < self.keep
-            return (squares * mask[..., None, None]).sum(2)
+            mask = torch.rand(self.factors, device=x.device) < self.keep  # one for the whole step
+            return (squares * mask[:, None, None]).sum(2)
         return squares.sum(2) * self.keep
 
     def forward(self, x: Float[Tensor, "B n h w"]) -> Float[Tensor, "B c h w"]:
@@ -294,6 +295,6 @@ def recipe(config: Config) -> Recipe:
 
 LAYERS = {
     "factorized_bilinear": Layer("head", FB, put_head),
-    "factorized_bilinear_1x1": Layer("conv", Factors(factors=2), put_convolutions),
+    "factorized_bilinear_1x1": Layer("conv", Factors(factors=2, start=0.01), put_convolutions),  # nothing bounds what is squared there
 }
 PAPER = Paper(variants=VARIANTS, build=build, recipe=recipe, auto=("small", "inception_fbn"))

@@ -483,7 +483,7 @@ def find(config: Config, trials: Trials) -> Mapping[str, Any]:
     The items are split in two halves; groups stay whole. Weights are learned on one; after ``alone`` of the search, alpha and beta in turn with
     them on the other (first order: what a change of alpha would do to the weights is left out).
     """
-    data, how, device = trials.data, recipe(config), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data, how, device = trials.data, trials.recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(trials.seed)
     mean, std = (torch.tensor(values, device=device) for values in (data.spec.mean, data.spec.std))
     halves = halved(data.train, generator)
@@ -514,6 +514,7 @@ def find(config: Config, trials: Trials) -> Mapping[str, Any]:
             update(0)
             if done >= config.alone * rounds:
                 update(1)
+            trials.stepped(round((done + 1) / rounds * trials.steps))
     return {"architecture": network.decoded()}
 
 
