@@ -158,7 +158,8 @@ def test_gumbel_softmax_is_torchs(evidence, temperature):
     torch.testing.assert_close(found.grad, expected.grad)
     assert set(outputs[0].unique().tolist()) == {0, 1} and found.grad.abs().min() > 0
     evidence.property(
-        f"Gumbel-softmax, temperature {temperature}: choices and gradients equal torch.nn.functional.gumbel_softmax(hard=True)"
+        f"Gumbel-softmax, temperature {temperature}: choices and gradients equal torch.nn.functional.gumbel_softmax(hard=True)",
+        f"Gumbel-softmax，温度 {temperature}：选择和梯度都等于 torch.nn.functional.gumbel_softmax(hard=True)",
     )
 
 
@@ -167,7 +168,7 @@ def test_gumbel_max_draws_from_the_softmax(evidence):
     logits = torch.tensor([0.1, 2.0])
     share = gumbel_softmax(logits.expand(40_000, 2)).mean(0)
     torch.testing.assert_close(share, logits.softmax(0), atol=0.01, rtol=0)
-    evidence.property("Gumbel-max draws from softmax(logits): 40,000 draws")
+    evidence.property("Gumbel-max draws from softmax(logits): 40,000 draws", "Gumbel-max 按 softmax(logits) 采样：40,000 次抽取")
 
 
 def test_the_gradient_goes_straight_through_to_the_soft_choice(evidence):
@@ -178,7 +179,10 @@ def test_the_gradient_goes_straight_through_to_the_soft_choice(evidence):
     noise = -torch.empty(9, 2).exponential_().log()
     (soft,) = torch.autograd.grad((logits + noise).softmax(1)[:, 1].sum(), logits)
     torch.testing.assert_close(hard, soft)
-    evidence.property("straight-through: the hard choice has the gradient of the soft one with the same noise")
+    evidence.property(
+        "straight-through: the hard choice has the gradient of the soft one with the same noise",
+        "直通估计：同样的噪声下，硬选择的梯度等于软选择的梯度",
+    )
 
 
 # --- Gates and blocks
@@ -194,7 +198,8 @@ def test_gates_start_open_in_87_percent_and_draw_in_training_only(evidence):
     assert gate.eval()(x).eq(1).all()  # the likelier of the two
     assert sum(p.numel() for p in gate.parameters()) == 16 * 8 + 82
     evidence.property(
-        "gate: mean over cells, 16 hidden units with a norm, two logits; open with sigmoid(1.9) at first, deterministic in evaluation"
+        "gate: mean over cells, 16 hidden units with a norm, two logits; open with sigmoid(1.9) at first, deterministic in evaluation",
+        "门：在空间上求均值，16 个隐层单元加归一化，两个 logit；开始时以 sigmoid(1.9) 的概率打开，评估时是确定的",
     )
 
 
@@ -214,7 +219,10 @@ def test_blocks_are_computed_for_open_gates_alone(evidence, gates):
     found = block(x, gate)
     assert sum(seen) == sum(gates)
     torch.testing.assert_close(found, block.shortcut(x) + gate[:, None, None, None] * block.branch(x))
-    evidence.property(f"equation 3 with gates {gates}: the block is computed for {sum(gates)} of 5 images")
+    evidence.property(
+        f"equation 3 with gates {gates}: the block is computed for {sum(gates)} of 5 images",
+        f"公式 3，门为 {gates}：5 张图中只为 {sum(gates)} 张计算这个块",
+    )
 
 
 @torch.inference_mode()
@@ -230,7 +238,10 @@ def test_multiply_adds_fall_with_the_rate_of_execution(evidence):
     with FlopCounterMode(display=False) as counter:
         net(images(4), torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]))
     assert counter.get_total_flops() == costs[4] + costs[2] + 2 * costs[0]
-    evidence.property("skipping is real: measured multiply-adds of one image and of a batch are those of the blocks whose gates are open")
+    evidence.property(
+        "skipping is real: measured multiply-adds of one image and of a batch are those of the blocks whose gates are open",
+        "跳过是真的：单张图和一个批次实测的乘加，都恰好是门打开的那些块的乘加",
+    )
 
 
 @torch.inference_mode()
@@ -246,7 +257,10 @@ def test_an_exported_network_computes_all_and_gives_the_same(monkeypatch, eviden
         written = net(images(6))
     assert counter.get_total_flops() > fewer
     torch.testing.assert_close(written, skipping)
-    evidence.property("an exported graph computes all blocks and multiplies by the gates: the same outputs")
+    evidence.property(
+        "an exported graph computes all blocks and multiplies by the gates: the same outputs",
+        "导出的图计算全部块，再乘以门：输出相同",
+    )
 
 
 def test_training_is_the_same_sum_and_reaches_gate_and_block():
@@ -278,7 +292,10 @@ def test_rate_loss_is_equation_8(evidence):
     assert float(terms["rate"]) == pytest.approx(rate, rel=1e-5)
     assert float(terms["loss"]) == pytest.approx(float(F.cross_entropy(logits, torch.tensor([3, 4]))) + 2 * rate, rel=1e-5)
     assert float(terms["executed"]) == pytest.approx(5 / 8)
-    evidence.property("target rate loss: squared distance of each block's share over the batch from its target, divided by all blocks")
+    evidence.property(
+        "target rate loss: squared distance of each block's share over the batch from its target, divided by all blocks",
+        "目标执行率损失：每个块在批次上的执行比例与其目标之差的平方，除以全部块数",
+    )
 
 
 def test_target_rates_pull_the_gates(evidence):
@@ -294,7 +311,10 @@ def test_target_rates_pull_the_gates(evidence):
         optimizer.step()
     shares = torch.stack([gate(torch.randn(5000, 4, 1, 1)) for gate in gates], 1).mean(0)
     torch.testing.assert_close(shares, wanted, atol=0.07, rtol=0)
-    evidence.property("the rate loss alone, through the Gumbel-softmax, brings gates to targets of 0.2, 0.5 and 0.8")
+    evidence.property(
+        "the rate loss alone, through the Gumbel-softmax, brings gates to targets of 0.2, 0.5 and 0.8",
+        "只用执行率损失，经过 Gumbel-softmax，就把门带到 0.2、0.5 和 0.8 的目标",
+    )
 
 
 def test_schedules():

@@ -170,7 +170,10 @@ def test_block_is_what_figure_4_draws(evidence):
     y = 0.5 * y * (1 + torch.erf(y / 2**0.5))  # the exact GELU
     y = F.conv2d(y, block.project.weight[:, :, None, None], block.project.bias)
     torch.testing.assert_close(block(x), x + block.gamma[:, None, None] * y, rtol=1e-4, atol=1e-5)
-    evidence.property("block: depthwise 7x7, LayerNorm per pixel, 4x wider 1x1 with exact GELU, 1x1, layer scale, sum; by hand in B D h w")
+    evidence.property(
+        "block: depthwise 7x7, LayerNorm per pixel, 4x wider 1x1 with exact GELU, 1x1, layer scale, sum; by hand in B D h w",
+        "块：7x7 深度卷积，逐像素 LayerNorm，放宽到 4 倍的 1x1 与精确 GELU，1x1，layer scale，相加；按 B D h w 排布手算",
+    )
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
@@ -183,7 +186,7 @@ def test_a_block_sees_as_far_as_its_kernel(evidence, kernel):
     assert seen.amin(0).tolist() == [7 - kernel // 2] * 2
     assert seen.amax(0).tolist() == [7 + kernel // 2] * 2
     if kernel == 7:
-        evidence.property("a block mixes exactly 7x7 cells")
+        evidence.property("a block mixes exactly 7x7 cells", "一个块恰好混合 7x7 个格子")
 
 
 def test_stem_cuts_patches_that_do_not_overlap(evidence):
@@ -193,7 +196,7 @@ def test_stem_cuts_patches_that_do_not_overlap(evidence):
     changed[:, :, 8:12, 20:24] += 1
     different = (net.down[0](changed) != net.down[0](image)).any(1)[0]
     assert different.nonzero().tolist() == [[2, 5]]
-    evidence.property("patchify stem: one 4x4 patch reaches one cell")
+    evidence.property("patchify stem: one 4x4 patch reaches one cell", "分块 stem：一个 4x4 图块只影响一个格子")
 
 
 def test_norm_is_over_the_channels_of_a_pixel_and_after_pooling(evidence):
@@ -206,7 +209,10 @@ def test_norm_is_over_the_channels_of_a_pixel_and_after_pooling(evidence):
     torch.testing.assert_close(net.embed(image), net.norm(last.mean((2, 3))))
     before_pooling = net.norm(last.movedim(1, -1)).mean((1, 2))
     assert relative(before_pooling, net.embed(image)) > 0.01
-    evidence.property("LayerNorm per pixel over channels; the head's norm comes after pooling, and the order matters")
+    evidence.property(
+        "LayerNorm per pixel over channels; the head's norm comes after pooling, and the order matters",
+        "LayerNorm 对每个像素的各通道做；头部的归一化在池化之后，顺序会改变结果",
+    )
 
 
 def test_layer_scale_starts_near_the_identity_and_can_be_left_out(evidence):
@@ -216,7 +222,10 @@ def test_layer_scale_starts_near_the_identity_and_can_be_left_out(evidence):
     assert bare.gamma is None
     assert (bare(x) - x).abs().max() > 1e-5
     assert not [name for name, _ in built(VARIANTS["isotropic_small"]).named_parameters() if name.endswith("gamma")]
-    evidence.property("layer scale 1e-6 per channel; absent in isotropic S and B")
+    evidence.property(
+        "layer scale 1e-6 per channel; absent in isotropic S and B",
+        "layer scale 每通道一个，初值 1e-6；各向同性的 S 和 B 没有",
+    )
 
 
 def test_stochastic_depth_grows_from_zero_over_all_blocks_and_is_drawn_per_image(evidence):
@@ -232,7 +241,10 @@ def test_stochastic_depth_grows_from_zero_over_all_blocks_and_is_drawn_per_image
     kept = out != 0
     assert 0.4 < kept.float().mean() < 0.6
     torch.testing.assert_close(out[kept], (2 * added).expand(int(kept.sum())))
-    evidence.property("stochastic depth: linear from 0 over all blocks, per image, what is kept is scaled up")
+    evidence.property(
+        "stochastic depth: linear from 0 over all blocks, per image, what is kept is scaled up",
+        "随机深度：从 0 开始在所有块上线性增长，逐图抽取，保留下来的按比例放大",
+    )
 
 
 def test_first_weights():

@@ -159,7 +159,10 @@ def test_pooling_is_the_mean_of_the_neighbours_inside_less_the_cell(evidence):
             expected[:, :, i, j] = x[:, :, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].mean((2, 3)) - x[:, :, i, j]
     torch.testing.assert_close(Pooling()(x), expected)
     assert not Pooling()(torch.ones(1, 2, 4, 4)).any()  # borders are not darkened
-    evidence.property("pooling: mean of the cells inside, by brute force, less the cell; a flat map gives zero at borders too")
+    evidence.property(
+        "pooling: mean of the cells inside, by brute force, less the cell; a flat map gives zero at borders too",
+        "池化：图内格子的平均（穷举核对）减去该格本身；常数特征图在边界处也得零",
+    )
 
 
 def test_block_is_the_general_architecture(evidence):
@@ -177,7 +180,10 @@ def test_block_is_the_general_architecture(evidence):
     assert relative(block(x), bare + branch) > 0.1
     assert len(Block(8, Pooling(), replace(LITTLE, channel_mlp=False), 0.0, scaled=False).branches) == 1
     assert isinstance(Block(8, Pooling(), replace(LITTLE, norm="off"), 0.0, scaled=False).norms[0], nn.Identity)
-    evidence.property("block: norm, mixer, layer scale, shortcut, norm, MLP of two 1x1 with exact GELU, layer scale, shortcut; by hand")
+    evidence.property(
+        "block: norm, mixer, layer scale, shortcut, norm, MLP of two 1x1 with exact GELU, layer scale, shortcut; by hand",
+        "块：归一化、混合器、layer scale、捷径，再归一化、两个 1x1 加精确 GELU 的 MLP、layer scale、捷径；手算核对",
+    )
 
 
 def test_only_the_mixer_tells_the_networks_apart(evidence):
@@ -192,7 +198,10 @@ def test_only_the_mixer_tells_the_networks_apart(evidence):
     assert all(torch.equal(a, b) for a, b in zip(identity.parameters(), pooling.parameters()))
     image = torch.randn(1, 3, 64, 64)
     assert relative(identity(image)["logits"], pooling(image)["logits"]) > 1e-3
-    evidence.property("identity, random and pooling networks have the same parameters; only the mixer differs")
+    evidence.property(
+        "identity, random and pooling networks have the same parameters; only the mixer differs",
+        "恒等、随机、池化三种网络的参数相同，只有混合器不同",
+    )
 
 
 @pytest.mark.parametrize(("mixer", "reach"), [("identity", 0), ("pooling", 1), ("depthwise", 1), ("separable", 3), ("attention", 9)])
@@ -216,7 +225,10 @@ def test_random_mixing_is_drawn_once_and_frozen(evidence):
     torch.testing.assert_close(matrix.sum(1), torch.ones(16))
     x = torch.randn(1, 3, 4, 4)
     torch.testing.assert_close(mixing[0](x)[0, 1].flatten(), matrix @ x[0, 1].flatten())
-    evidence.property("random mixing: rows sum to one, no gradient, kept with the weights, one matrix for all channels")
+    evidence.property(
+        "random mixing: rows sum to one, no gradient, kept with the weights, one matrix for all channels",
+        "随机混合：每行之和为一，没有梯度，随权重保存，所有通道共用一个矩阵",
+    )
 
 
 def test_norms(evidence):
@@ -226,7 +238,10 @@ def test_norms(evidence):
     assert y.mean(1).abs().max() > 0.1
     torch.testing.assert_close(CellNorm(6)(x).mean(1), torch.zeros(2, 5, 4), rtol=0, atol=1e-5)
     assert ImageNorm(6, 1e-6, bias=False).bias is None
-    evidence.property("norm over channels and cells of an image in pooling networks, over the channels of a cell with attention")
+    evidence.property(
+        "norm over channels and cells of an image in pooling networks, over the channels of a cell with attention",
+        "池化网络的归一化对一张图的全部通道和格子做，含注意力的网络对每个格子的通道做",
+    )
 
 
 def test_order_of_norm_and_pooling_in_the_head(evidence):
@@ -236,7 +251,10 @@ def test_order_of_norm_and_pooling_in_the_head(evidence):
     torch.testing.assert_close(first.embed(image), first.norm(last).mean((2, 3)))
     later = randomised(built(replace(LITTLE, later=True, layer_scale=0)))
     torch.testing.assert_close(later.embed(image), later.norm(later.pyramid(image)[-1].mean((2, 3))))
-    evidence.property("head: norm then pooling in the first paper, pooling then norm in Baselines")
+    evidence.property(
+        "head: norm then pooling in the first paper, pooling then norm in Baselines",
+        "头部：第一篇论文先归一化再池化，Baselines 先池化再归一化",
+    )
 
 
 def test_what_baselines_changes(evidence):
@@ -250,7 +268,10 @@ def test_what_baselines_changes(evidence):
     star = randomised(StarReLU())
     x = torch.randn(100)
     torch.testing.assert_close(star(x), star.scale * x.clamp_min(0) ** 2 + star.bias)
-    evidence.property("Baselines: StarReLU, no biases in blocks, norm behind the stem and before embeddings, scaled shortcuts at the top")
+    evidence.property(
+        "Baselines: StarReLU, no biases in blocks, norm behind the stem and before embeddings, scaled shortcuts at the top",
+        "Baselines：StarReLU，块内没有偏置，stem 之后和其余嵌入之前有归一化，最后两个阶段的捷径带缩放",
+    )
 
 
 def test_attention_stands_where_layers_of_other_papers_fit():

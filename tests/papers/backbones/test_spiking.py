@@ -114,7 +114,10 @@ def test_rate_of_an_integrator_in_closed_form(evidence):
     assert spikes.sum(0).tolist() == [math.floor(25 * float(x)) for x in c]
     leaky = LIF(Config(tau=4.0, decay_input=False, reset="soft"))(c.expand(25, 17))
     assert leaky.sum(0).tolist() != spikes.sum(0).tolist()
-    evidence.property("integrate-and-fire with soft reset: a constant current c gives exactly floor(cT) spikes; a leak loses some")
+    evidence.property(
+        "integrate-and-fire with soft reset: a constant current c gives exactly floor(cT) spikes; a leak loses some",
+        "软重置的积分发放神经元：恒定电流 c 恰好给出 floor(cT) 个脉冲；有泄漏时会少一些",
+    )
 
 
 def test_first_spike_of_a_leaky_neuron_in_closed_form(evidence):
@@ -126,7 +129,7 @@ def test_first_spike_of_a_leaky_neuron_in_closed_form(evidence):
         assert found[:1] == ([] if expected is None else [expected])
         if expected is not None:
             assert found == list(range(expected, 60, expected + 1))  # hard reset: as new
-    evidence.property("leaky neuron: time of the first spike and period in closed form")
+    evidence.property("leaky neuron: time of the first spike and period in closed form", "带泄漏的神经元：首个脉冲的时刻与周期符合闭式解")
 
 
 @pytest.mark.parametrize("surrogate", ["atan", "fast_sigmoid", "rectangle", "none"])
@@ -145,7 +148,10 @@ def test_step_forward_surrogate_backward(evidence, surrogate):
         "rectangle": a * (d.abs() < 1 / (2 * a)),
     }[surrogate]
     torch.testing.assert_close(x.grad, expected.float())
-    evidence.property(f"{surrogate}: forward the step of exact zeros and ones, backward the stated derivative")
+    evidence.property(
+        f"{surrogate}: forward the step of exact zeros and ones, backward the stated derivative",
+        f"{surrogate}：前向是严格取 0 和 1 的阶跃，反向是所写的导数",
+    )
 
 
 def test_gradient_through_three_steps_by_hand(evidence):
@@ -164,7 +170,7 @@ def test_gradient_through_three_steps_by_hand(evidence):
     assert spikes.flatten().tolist() == [0, 1, 0]
     assert y.grad[:2].tolist() == [0, 0]
     assert y.grad[2] > 0
-    evidence.property("gradient of a chain of three steps by hand; a hard reset cuts it")
+    evidence.property("gradient of a chain of three steps by hand; a hard reset cuts it", "三步链的梯度与手算相等；硬重置会切断它")
 
 
 def test_membranes_start_at_zero_for_every_image():
@@ -192,7 +198,10 @@ def test_what_neurons_send_is_zero_or_one(evidence):
         assert set(signal.unique().tolist()) == {0.0, 1.0}
         assert 0.02 < signal.mean() < 0.8
         assert not torch.equal(signal[0], signal[-1])
-    evidence.property("between layers there are zeros and ones only, and they change from step to step")
+    evidence.property(
+        "between layers there are zeros and ones only, and they change from step to step",
+        "层与层之间只有 0 和 1，而且随时间步变化",
+    )
 
 
 def test_gradients_reach_the_first_layer_through_the_surrogate_alone(evidence):
@@ -201,7 +210,10 @@ def test_gradients_reach_the_first_layer_through_the_surrogate_alone(evidence):
         net(torch.randn(4, 2, 8, 8))["logits"].square().sum().backward()
         weights = [p for layer in net.currents for p in layer.parameters()]
         assert all(p.grad is not None and bool(p.grad.any()) for p in weights) is reached
-    evidence.property("with the true derivative no hidden weight gets a gradient; with the surrogate each does")
+    evidence.property(
+        "with the true derivative no hidden weight gets a gradient; with the surrogate each does",
+        "用真实的导数，隐层权重都得不到梯度；用替代梯度，每个都能得到",
+    )
 
 
 def test_rate_coding(evidence):
@@ -217,7 +229,10 @@ def test_rate_coding(evidence):
     assert not torch.equal(first, second)
     assert torch.equal(net.eval().encoded(image), net.encoded(image))
     assert net.encoded(torch.full((1, 1, 8, 8), -9.0)).sum() == 0
-    evidence.property("rate coding: a pixel spikes with a chance of its brightness; chance in training, one fixed draw in evaluation")
+    evidence.property(
+        "rate coding: a pixel spikes with a chance of its brightness; chance in training, one fixed draw in evaluation",
+        "频率编码：像素以其亮度为概率发放；训练时随机抽取，评估时用一次固定的抽样",
+    )
 
 
 def test_relu_is_the_conventional_twin():
@@ -259,7 +274,7 @@ def test_operations_of_the_conventional_twin_are_its_multiply_adds(evidence):
     assert found["multiply_adds"] == counter.get_total_flops() / 2 / 3
     assert found["additions"] == 0
     assert found["nanojoules"] == pytest.approx(found["multiply_adds"] * MAC / 1e3)
-    evidence.property("operations of the twin with ReLU equal the counted multiply-adds")
+    evidence.property("operations of the twin with ReLU equal the counted multiply-adds", "ReLU 版本的操作数等于计数得到的乘加次数")
 
 
 @pytest.mark.parametrize("coding", ["direct", "rate"])
@@ -280,7 +295,10 @@ def test_additions_are_counted_spike_by_spike(evidence, coding):
     assert found["additions"] == additions / 2 > 0
     assert found["multiply_adds"] == multiply / 2
     assert found["nanojoules"] == pytest.approx((MAC * multiply + AC * additions) / 2e3)
-    evidence.property(f"{coding} coding: additions counted spike by spike and cell by cell; a constant first current is multiplied once")
+    evidence.property(
+        f"{coding} coding: additions counted spike by spike and cell by cell; a constant first current is multiplied once",
+        f"{coding} 编码：加法逐个脉冲、逐个格子数出；恒定的首层电流只乘一次",
+    )
 
 
 # --- Matching
@@ -315,4 +333,7 @@ def test_matching(evidence):
     likeness = rows @ swapped.T / 0.1
     by_hand = -(likeness.log_softmax(1).diagonal().mean() + likeness.T.log_softmax(1).diagonal().mean()) / 2
     torch.testing.assert_close(matching_loss(5 * rows, swapped), by_hand)
-    evidence.property("matching: both-way cross-entropy over partners by hand; recall loses ties")
+    evidence.property(
+        "matching: both-way cross-entropy over partners by hand; recall loses ties",
+        "匹配：对各自另一半的双向交叉熵与手算相等；得分并列时 recall 不算命中",
+    )

@@ -138,7 +138,10 @@ def test_ssd512_has_the_maps_boxes_and_parameters_of_the_release(evidence):
     assert sum(len(s) * m.shape[-1] ** 2 for s, m in zip(default_shapes(VARIANTS["512"]), maps)) == 24_564
     count = sum(p.numel() for p in ours.parameters())
     assert count == sum(p.numel() for part in (extractor, head) for p in part.parameters()) == 27_188_676
-    evidence.property("SSD512: maps of 64, 32, 16, 8, 4, 2 and 1 cells a side, 24,564 default boxes, 27,188,676 parameters for 20 classes")
+    evidence.property(
+        "SSD512: maps of 64, 32, 16, 8, 4, 2 and 1 cells a side, 24,564 default boxes, 27,188,676 parameters for 20 classes",
+        "SSD512：特征图边长为 64、32、16、8、4、2 和 1 格，24,564 个默认框，20 类时 27,188,676 个参数",
+    )
 
 
 def test_default_boxes_of_voc(evidence):
@@ -155,7 +158,10 @@ def test_default_boxes_of_voc(evidence):
     )
     for s, wh in zip(shapes, peer._wh_pairs):
         torch.testing.assert_close((s[:, 2:] - s[:, :2]) / 300, wh.clamp(0, 1))
-    evidence.property("the default boxes have the released sizes: 30 to 264 pixels of 300, and ratios 1, 2, 3 and their inverses")
+    evidence.property(
+        "the default boxes have the released sizes: 30 to 264 pixels of 300, and ratios 1, 2, 3 and their inverses",
+        "默认框的尺寸与发布的一致：300 像素中的 30 到 264 像素，长宽比为 1、2、3 及其倒数",
+    )
 
 
 def test_matching_by_brute_force(evidence):
@@ -174,7 +180,10 @@ def test_matching_by_brute_force(evidence):
         assert label[n] == expected
     assert iou[1].max() < 0.5 and (label == 2).sum() == 1  # too small for any default box, and found all the same
     assert (label == 3).sum() > 1
-    evidence.property("every default box at an overlap of 0.5 matches, and each object has at least its best one")
+    evidence.property(
+        "every default box at an overlap of 0.5 matches, and each object has at least its best one",
+        "IoU 达到 0.5 的默认框都算匹配，每个目标至少有其最佳默认框",
+    )
 
 
 def test_hard_negatives_by_brute_force(evidence):
@@ -187,7 +196,10 @@ def test_hard_negatives_by_brute_force(evidence):
             order = [i for i in row.argsort(descending=True).tolist() if not p[i]]
             count = len(order) if ratio == math.inf else 3 * int(p.sum())
             assert set(c.nonzero().squeeze(1).tolist()) == set(order[:count])
-    evidence.property("of each image's negatives the hardest, three for each positive, and none of an image without a match")
+    evidence.property(
+        "of each image's negatives the hardest, three for each positive, and none of an image without a match",
+        "逐图取损失最高的负样本，每个正样本配三个；没有匹配的图一个也不取",
+    )
 
 
 def test_l2_norm(evidence):
@@ -196,7 +208,10 @@ def test_l2_norm(evidence):
     torch.testing.assert_close(L2Norm(512)(x).norm(dim=1), torch.full((2, 3, 3), 20.0))
     wide, narrow = L2Norm(512)(x).square().mean(), L2Norm(8)(x[:, :8]).square().mean()
     torch.testing.assert_close(wide, narrow, rtol=0.05, atol=0)
-    evidence.property("conv4_3 is normalised over its channels, with a learned scale that starts at 20")
+    evidence.property(
+        "conv4_3 is normalised over its channels, with a learned scale that starts at 20",
+        "conv4_3 在每个格点的各通道上做 L2 归一化，再乘以可学习的系数，初值为 20",
+    )
 
 
 def test_one_map_has_the_same_default_boxes():

@@ -145,7 +145,10 @@ def test_cam_is_the_special_case(evidence):
         torch.testing.assert_close(places * gradient.mean((2, 3)), weights.expand(3, -1), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(places * grad_cam(a, gradient), cam(a, weights).clamp(min=0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(scaled(grad_cam(a, gradient)), scaled(cam(a, weights).clamp(min=0)), rtol=1e-12, atol=1e-12)
-    evidence.property("on a globally averaged network ReLU(CAM) = Z Grad-CAM to 1e-12, and alpha = w / Z")
+    evidence.property(
+        "on a globally averaged network ReLU(CAM) = Z Grad-CAM to 1e-12, and alpha = w / Z",
+        "在全局平均结尾的网络上，ReLU(CAM) = Z Grad-CAM 精确到 1e-12，且 alpha = w / Z",
+    )
 
 
 def test_cam_itself_has_no_relu():
@@ -172,7 +175,10 @@ def test_a_dense_ending_needs_no_change(evidence):
         with torch.no_grad():
             slope = (network[1:](a + step) - network[1:](a - step))[0, 2] / 2e-5
         torch.testing.assert_close(gradient.mean((2, 3))[0, n], slope / 36, rtol=1e-6, atol=1e-9)
-    evidence.property("alpha equals finite differences of the score on a network with a dense ending")
+    evidence.property(
+        "alpha equals finite differences of the score on a network with a dense ending",
+        "在带稠密结尾的网络上，alpha 等于得分的有限差分",
+    )
 
 
 # --- What the parts do
@@ -186,7 +192,7 @@ def test_counterfactual_shows_what_the_map_hides(evidence):
     torch.testing.assert_close(for_it - against, torch.einsum("bn,bnuv->buv", gradient.mean((2, 3)), a))
     assert torch.equal(for_it * against, torch.zeros_like(for_it))
     assert for_it.any() and against.any()
-    evidence.property("map and counterfactual map are the two halves of one signed sum")
+    evidence.property("map and counterfactual map are the two halves of one signed sum", "热图与反事实热图是同一个带符号加权和的正负两半")
 
 
 def test_a_map_points_at_what_the_class_is_made_of():
@@ -269,7 +275,10 @@ def test_functional_relus_are_guided_too(evidence):
         gradient = gradient.clamp(min=0) * (pre > 0)  # both conditions, by hand
         gradient = F.conv_transpose2d(gradient, layer.weight, padding=1)
     torch.testing.assert_close(ours, gradient)
-    evidence.property("guided backpropagation by hand: passes where input and gradient are positive, also through functional ReLUs")
+    evidence.property(
+        "guided backpropagation by hand: passes where input and gradient are positive, also through functional ReLUs",
+        "guided backpropagation 与手算相等：只在输入和梯度都为正处放行，函数式 ReLU 也是如此",
+    )
 
 
 def test_networks_without_relu_cannot_be_guided():

@@ -105,7 +105,8 @@ def test_agents_stand_where_the_official_settings_have_them(evidence):
     assert [a.shift for a in kinds[3]] == [0, 0]  # a window is the map
     assert [a.side for a in agents("pvt_t")[1][0]] == [3, 3]
     evidence.property(
-        "agent and ordinary blocks in the official patterns (AAAB, AABB, AAMB2, 4 of 12); windows shift in every second block"
+        "agent and ordinary blocks in the official patterns (AAAB, AABB, AAMB2, 4 of 12); windows shift in every second block",
+        "代理块与普通块的排布同官方设置（AAAB、AABB、AAMB2、12 块中的 4 块）；窗口隔块移位",
     )
 
 
@@ -154,7 +155,8 @@ def test_agents_gather_and_broadcast(evidence, class_token):
     out[:, class_token:] += as_tokens(local)
     torch.testing.assert_close(layer(z), layer.out(out), rtol=1e-4, atol=1e-5)
     evidence.property(
-        f"agent attention by hand, {'with' if class_token else 'without'} a class token, which no agent pools and which asks and is asked"
+        f"agent attention by hand, {'with' if class_token else 'without'} a class token, which no agent pools and which asks and is asked",
+        f"代理注意力与手算相等，{'有' if class_token else '没有'}类别 token；代理池化时不含它，但它既是查询也是键",
     )
 
 
@@ -170,7 +172,10 @@ def test_it_is_attention_of_the_rank_of_the_agents(evidence):
     exact = scattered(MSA(12, 3))
     exact.load_state_dict({k: v for k, v in layer.state_dict().items() if k.startswith(("qkv", "out"))})
     assert torch.linalg.matrix_rank(exact.attention(z).double(), rtol=1e-5).min() > 4  # of softmax attention it is not so
-    evidence.property("equals linear attention: an N x N map of rank n, rows of which sum to one; softmax attention has a higher rank")
+    evidence.property(
+        "equals linear attention: an N x N map of rank n, rows of which sum to one; softmax attention has a higher rank",
+        "等于线性注意力：乘开后是秩为 n 的 N x N 注意力图，每行之和为一；softmax 注意力的秩更高",
+    )
 
 
 def test_agent_bias_is_a_block_rows_and_columns():
@@ -199,7 +204,10 @@ def test_cost_is_linear_in_the_tokens(evidence):
     assert multiply_adds(4096, 48, 16) == 64 * multiply_adds(64, 48, 16)
     assert multiply_adds(4096, 48) == 4096 * multiply_adds(64, 48)
     assert multiply_adds(49, 48) > multiply_adds(49, 48, 16) > multiply_adds(36, 48)
-    evidence.property("multiply-adds: 4 n N D + 9 N D against 2 N^2 D, counted at 64 to 1024 tokens; the lines cross near 2 n tokens")
+    evidence.property(
+        "multiply-adds: 4 n N D + 9 N D against 2 N^2 D, counted at 64 to 1024 tokens; the lines cross near 2 n tokens",
+        "乘加：4 n N D + 9 N D 对 2 N^2 D，在 64 到 1024 个 token 上计数；两条线在 N 略大于 2n 处相交",
+    )
 
 
 def test_windows_do_not_see_over_their_edge(evidence):
@@ -211,7 +219,10 @@ def test_windows_do_not_see_over_their_edge(evidence):
         changed[:, 0] += 1
         seen = ((layer(changed) - layer(z)).abs() > 1e-5).any(2).reshape(8, 8).nonzero()
         assert [seen.amin(0).tolist(), seen.amax(0).tolist()] == [list(c) for c in zip(*reached)]
-    evidence.property("ordinary Swin blocks: a cell reaches its window, shifted windows are masked over the edge")
+    evidence.property(
+        "ordinary Swin blocks: a cell reaches its window, shifted windows are masked over the edge",
+        "普通 Swin 块：一个格子只影响自己的窗口，移位窗口不会越过边缘",
+    )
 
 
 # --- Other networks
@@ -232,7 +243,10 @@ def test_in_a_vit_it_learns(evidence, agents):
     losses = trained(net)
     assert losses[-1] < losses[0]
     assert all(p.grad is not None for p in places[0].parameters())
-    evidence.property(f"in a ViT: every attention replaced, projections kept, {agents} agents learn; a class token is noticed")
+    evidence.property(
+        f"in a ViT: every attention replaced, projections kept, {agents} agents learn; a class token is noticed",
+        f"放进 ViT：所有注意力都被替换，投影层保留，{agents} 个代理能学习；能识别出类别 token",
+    )
 
 
 def test_in_an_exported_vit():

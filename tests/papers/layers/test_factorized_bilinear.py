@@ -101,7 +101,7 @@ def test_interactions_are_the_dense_quadratic_form(evidence):
     fb.factor.weight.data[0, 0] += 0.1
     assert not torch.allclose(fb(x).movedim(1, -1), expected)
     evidence.fidelity(against="dense algebra in float64: b + w x + x F'F x by einsum", error=error)
-    evidence.property("each output's matrix is symmetric, positive semi-definite and of rank k")
+    evidence.property("each output's matrix is symmetric, positive semi-definite and of rank k", "每个输出的矩阵对称、半正定，秩为 k")
 
 
 def test_head_is_a_low_rank_classifier_of_pooled_bilinear_features(evidence):
@@ -118,7 +118,8 @@ def test_head_is_a_low_rank_classifier_of_pooled_bilinear_features(evidence):
     squared_mean = head.layer(features.tanh().mean((2, 3), keepdim=True))[:, :, 0, 0]
     assert not torch.allclose(head(features), squared_mean)
     evidence.property(
-        "the head equals a linear classifier with W_j = F_j'F_j of bilinear pooling; the mean of squares is not the square of the mean"
+        "the head equals a linear classifier with W_j = F_j'F_j of bilinear pooling; the mean of squares is not the square of the mean",
+        "分类头等于双线性池化之上 W_j = F_j'F_j 的线性分类器；平方的平均不等于平均的平方",
     )
 
 
@@ -127,7 +128,7 @@ def test_no_factors_is_a_linear_layer(evidence):
     x = torch.randn(2, 5, 4, 4)
     assert torch.equal(fb(x), F.conv2d(x, fb.linear.weight, fb.linear.bias))
     assert sum(p.numel() for p in fb.parameters()) == 18
-    evidence.property("k = 0 is a linear layer")
+    evidence.property("k = 0 is a linear layer", "k = 0 就是线性层")
 
 
 def test_one_factor_solves_what_no_linear_layer_can(evidence):
@@ -145,7 +146,10 @@ def test_one_factor_solves_what_no_linear_layer_can(evidence):
     ones = torch.cat([x, torch.ones(1000, 1)], 1)
     best = torch.linalg.lstsq(ones, 2.0 * label[:, None] - 1).solution
     assert float((((ones @ best)[:, 0] > 0) == label).float().mean()) < 0.6
-    evidence.property("exclusive or of two features: solved exactly by one factor an output, by chance by the best linear map")
+    evidence.property(
+        "exclusive or of two features: solved exactly by one factor an output, by chance by the best linear map",
+        "两个特征的异或：每个输出一个因子即可完全解决，最好的线性映射只有随机水平",
+    )
 
 
 def test_gradient_of_the_layer(evidence):
@@ -155,7 +159,7 @@ def test_gradient_of_the_layer(evidence):
     (gradient,) = torch.autograd.grad(fb.eval().interactions(x).sum(), x)
     cells = x.movedim(1, -1)
     torch.testing.assert_close(gradient.movedim(1, -1), 2 * torch.einsum("cnm,...m->...n", dense(fb), cells))
-    evidence.property("gradient of the interactions: 2 F'F x, and gradcheck")
+    evidence.property("gradient of the interactions: 2 F'F x, and gradcheck", "二次项的梯度：2 F'F x，并通过 gradcheck")
 
 
 # --- DropFactor
@@ -182,7 +186,8 @@ def test_drop_factor_drops_whole_factors_of_a_step(evidence):
     assert float(((mean - squares.sum(2) / 2).norm() / mean.norm()).detach()) < 0.1
     assert torch.equal(fb.linear(x), layer(5, 3, factors=4).linear(x))
     evidence.property(
-        "DropFactor: whole factors, one draw for all images, outputs and positions of a step; evaluation is the mean of training"
+        "DropFactor: whole factors, one draw for all images, outputs and positions of a step; evaluation is the mean of training",
+        "DropFactor：丢的是整个因子，每一步只抽一次，所有图像、输出和位置共用；评估值是训练时的平均",
     )
 
 
@@ -207,7 +212,10 @@ def test_on_other_backbones(evidence):
         assert net.head.layer.linear.in_channels == host.widths[-1]
         assert isinstance(host.head, nn.Identity)
         torch.testing.assert_close(torch.export.export(net, (image,)).module()(image)["logits"], net(image)["logits"])
-    evidence.property("the head on a ConvNeXt: shapes, the old classifier gone, exported to the same numbers")
+    evidence.property(
+        "the head on a ConvNeXt: shapes, the old classifier gone, exported to the same numbers",
+        "分类头放到 ConvNeXt 上：形状正确，旧分类器已去掉，导出后数值相同",
+    )
 
 
 def test_beside_1x1_convolutions(evidence):
@@ -224,7 +232,10 @@ def test_beside_1x1_convolutions(evidence):
             if isinstance(m, FactorizedBilinear):
                 m.factor.weight.normal_(0, 0.1)
         assert not torch.allclose(host.body.pyramid(image)[-1], before)
-    evidence.property("beside 1x1 convolutions: every one of stride 1, the same function where F is zero")
+    evidence.property(
+        "beside 1x1 convolutions: every one of stride 1, the same function where F is zero",
+        "加在 1x1 卷积旁边：步长为 1 的每一个都加；F 为零时函数不变",
+    )
 
 
 def test_what_does_not_fit():

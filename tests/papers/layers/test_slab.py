@@ -150,7 +150,10 @@ def test_repbn_is_a_batch_norm(evidence):
     torch.testing.assert_close(norm(x), plain(x.mT).mT, rtol=1e-4, atol=1e-5)
     scale, shift = norm.affine()
     torch.testing.assert_close(norm(x), scale * x + shift, rtol=1e-4, atol=1e-5)
-    evidence.property("RepBN in evaluation is a batch norm with weight gamma + eta sigma and bias beta + eta mu")
+    evidence.property(
+        "RepBN in evaluation is a batch norm with weight gamma + eta sigma and bias beta + eta mu",
+        "评估时 RepBN 就是一个 BatchNorm，权重为 gamma + eta sigma，偏置为 beta + eta mu",
+    )
 
 
 def test_repbn_takes_statistics_over_batch_and_tokens():
@@ -173,7 +176,10 @@ def test_lambda_goes_from_layer_norm_to_repbn(evidence):
     norm.eval()
     torch.testing.assert_close(norm(x), norm.rep(x))
     assert relative(norm(x), norm.layer_norm(x)) > 0.1
-    evidence.property("PRepBN: lambda falls linearly from 1 to 0 over the ramp, then RepBN alone; evaluation takes RepBN at any time")
+    evidence.property(
+        "PRepBN: lambda falls linearly from 1 to 0 over the ramp, then RepBN alone; evaluation takes RepBN at any time",
+        "PRepBN：lambda 在过渡期内由 1 线性降到 0，之后只剩 RepBN；评估时无论何时都用 RepBN",
+    )
 
 
 def test_at_once_and_without_the_shortcut():
@@ -189,7 +195,10 @@ def test_folding_is_exact(evidence, bias):
     norm, linear = scattered(RepBN(12)), scattered(nn.Linear(12, 20, bias=bias))
     x = 3 + 2 * torch.randn(5, 7, 12)
     torch.testing.assert_close(folded(norm, linear)(x), linear(norm(x)), rtol=1e-4, atol=1e-5)
-    evidence.property(f"RepBN folded into the linear layer behind it, {'with' if bias else 'without'} a bias there, gives the same")
+    evidence.property(
+        f"RepBN folded into the linear layer behind it, {'with' if bias else 'without'} a bias there, gives the same",
+        f"RepBN 折叠进后面的线性层（{'有' if bias else '无'}偏置），结果相同",
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -206,7 +215,10 @@ def test_a_whole_network_folds(evidence, name):
     assert not [m for m in wrapped.modules() if isinstance(m, nn.BatchNorm1d)]
     for ours, theirs in zip(small.pyramid(image), net.pyramid(image)):
         assert relative(ours, theirs) < 1e-5
-    evidence.property(f"SLAB-{name.upper()} folded: same logits and features, no norm left")
+    evidence.property(
+        f"SLAB-{name.upper()} folded: same logits and features, no norm left",
+        f"SLAB-{name.upper()} 折叠后：logits 和特征相同，没有剩下的归一化层",
+    )
 
 
 # --- The attention
@@ -227,7 +239,8 @@ def test_attention_by_hand(evidence, class_token):
     torch.testing.assert_close(layer(z), layer.out(out), rtol=1e-3, atol=1e-4)
     assert (layer.attention(z) >= 0).all()
     evidence.property(
-        f"simplified linear attention equals explicit normalised ReLU(Q) ReLU(K)^T V, {'with' if class_token else 'without'} a class token"
+        f"simplified linear attention equals explicit normalised ReLU(Q) ReLU(K)^T V, {'with' if class_token else 'without'} a class token",
+        f"简化线性注意力等于显式归一化的 ReLU(Q) ReLU(K)^T V，{'有' if class_token else '没有'}类别 token",
     )
 
 
@@ -244,7 +257,10 @@ def test_order_of_the_products_changes_the_cost_alone(evidence):
     assert costs[4] == 2 * 2 * 4 * 4 * 8
     assert costs[16] == 2 * 2 * 16 * 8 * 8
     assert costs[1024] == 4 * costs[256]
-    evidence.property("linear attention: cost grows with N above d tokens and with N^2 below, the result is the same")
+    evidence.property(
+        "linear attention: cost grows with N above d tokens and with N^2 below, the result is the same",
+        "线性注意力：token 多于 d 个时代价随 N 增长，少于时随 N^2 增长，结果相同",
+    )
 
 
 # --- Other networks
@@ -268,7 +284,10 @@ def test_in_a_vit_it_learns(evidence):
         assert relative(fused(net)(batch)["logits"], expected) < 1e-5
         exported = torch.export.export(fused(net), (batch,)).module()
         torch.testing.assert_close(exported(batch)["logits"], expected, rtol=1e-4, atol=1e-5)
-    evidence.property("in a ViT: five norms and two attentions replaced, it trains over the ramp, folds and exports")
+    evidence.property(
+        "in a ViT: five norms and two attentions replaced, it trains over the ramp, folds and exports",
+        "放进 ViT：替换五个归一化和两个注意力，能在过渡期内训练，能折叠，能导出",
+    )
 
 
 def test_in_a_convnext_the_norms_of_maps_stay():

@@ -84,7 +84,10 @@ def test_parameters_are_those_of_table_2(name, evidence):
     theirs, ours = GOLDEN["sizes"][name]["multiply_adds"], counter.get_total_flops() / 2e9
     assert theirs == pytest.approx(multiply_adds, rel=0.02)
     assert ours < theirs < 1.04 * ours
-    evidence.property(f"{name}: the paper's parameters to four digits, those of the released code exactly")
+    evidence.property(
+        f"{name}: the paper's parameters to four digits, those of the released code exactly",
+        f"{name}：参数量与论文的四位数字一致，与发布的代码完全相同",
+    )
 
 
 def tensorflow(name: str) -> str:
@@ -168,7 +171,10 @@ def test_halving_an_atrous_convolution_is_a_stride(evidence):
         step = operation(f"atr{kernel}", 4, stride=2).eval()
         half = F.interpolate(F.relu(x), (9, 13), mode="bilinear", align_corners=True)
         torch.testing.assert_close(step[1](F.relu(x)), F.conv2d(half, step[1].weight, padding=kernel // 2), atol=1e-5, rtol=1e-5)  # pyright: ignore
-    evidence.property("an atrous convolution of stride 2 is the released code's: bilinear to half, then rate 1")
+    evidence.property(
+        "an atrous convolution of stride 2 is the released code's: bilinear to half, then rate 1",
+        "步长为 2 的空洞卷积与发布的代码相同：先双线性缩小一半，再以空洞率 1 卷积",
+    )
 
 
 @torch.no_grad()
@@ -190,7 +196,7 @@ def test_cell_by_hand(evidence):
     b = cell.align(F.interpolate(p, (17, 9), mode="bilinear", align_corners=True))
     first = cell.operations[0][0](b) + F.max_pool2d(a, 3, 1, 1)  # pyright: ignore[reportIndexIssue]
     torch.testing.assert_close(cell(h, p), torch.cat([first, first + cell.operations[1][1](b)], 1))  # pyright: ignore[reportIndexIssue]
-    evidence.property("a cell that goes to a finer resolution, by hand")
+    evidence.property("a cell that goes to a finer resolution, by hand", "通往更高分辨率的单元，与手算相等")
 
 
 def test_the_decoder_takes_the_last_map_of_stride_4():
@@ -217,7 +223,10 @@ def test_scheduled_drop_path(evidence):
     with torch.no_grad():
         dropped = (cell(h, p) - cell.align(p)).abs().amax((1, 2, 3)) < 1e-6
     assert 0.4 < dropped.float().mean() < 0.6
-    evidence.property("ScheduledDropPath grows with depth and over training; the skip connection is never dropped")
+    evidence.property(
+        "ScheduledDropPath grows with depth and over training; the skip connection is never dropped",
+        "ScheduledDropPath 的丢弃概率随深度、也随训练增长；跳跃从不被丢弃",
+    )
 
 
 def test_one_image_cannot_be_learned_from():
@@ -258,7 +267,10 @@ def test_the_space_has_the_papers_size(evidence):
     assert sum(1 for _ in paths(12)) == 75_025
     assert prod((2 + block) ** 2 * len(OPERATIONS) ** 2 for block in range(5)) == pytest.approx(5.6e14, rel=0.01)
     assert sorted(paths(2)) == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2]]
-    evidence.property("the space has 5.6e14 cells as the paper says; its 2.9e4 paths are those of eleven free layers")
+    evidence.property(
+        "the space has 5.6e14 cells as the paper says; its 2.9e4 paths are those of eleven free layers",
+        "搜索空间有 5.6e14 种单元，与论文所说一致；论文的 2.9e4 条路径是十一层自由选择的数目",
+    )
 
 
 # --- Decoding (section 4.3)
@@ -271,7 +283,10 @@ def test_beta_is_normalised_over_outgoing_arrows(evidence):
     assert not found[:, 0, 0].any() and not found[:, 3, 2].any()
     torch.testing.assert_close(found[:, 0, 1], (beta[:, 0, 1] - beta[:, 0, 2]).sigmoid())
     torch.testing.assert_close(found[:, 1], beta[:, 1].softmax(-1))
-    evidence.property("beta: softmax over the arrows that leave a node, two at the border")
+    evidence.property(
+        "beta: softmax over the arrows that leave a node, two at the border",
+        "beta：从一个节点出发的箭头上的 softmax，边界节点只有两条",
+    )
 
 
 def test_viterbi_equals_brute_force(evidence):
@@ -283,7 +298,10 @@ def test_viterbi_equals_brute_force(evidence):
 
         assert viterbi(table) == max(paths(6), key=chance)
     assert sum(chance(path) for path in paths(6)) == pytest.approx(1)
-    evidence.property("Viterbi equals the best of all paths; their probabilities sum to 1")
+    evidence.property(
+        "Viterbi equals the best of all paths; their probabilities sum to 1",
+        "Viterbi 的结果等于所有路径中最好的一条；所有路径的概率之和为 1",
+    )
 
 
 def test_decoding_equals_a_port(evidence):
@@ -307,7 +325,10 @@ def test_decoding_equals_a_port(evidence):
             assert [term.state for term in found] == [state for state, _ in theirs]
             assert all(op == 0 or OPERATIONS[op] == term.operation for term, (_, op) in zip(found, theirs))
     assert different  # the factor changes paths
-    evidence.property(f"paths and cells of 20 random alpha and beta equal {GOLDEN['decoder']} with its factor of 2/3 at the border")
+    evidence.property(
+        f"paths and cells of 20 random alpha and beta equal {GOLDEN['decoder']} with its factor of 2/3 at the border",
+        f"对 20 组随机的 alpha 和 beta，路径和单元都与 {GOLDEN['decoder']} 一致（加上它在边界处的 2/3 因子）",
+    )
 
 
 def test_zero_never_wins():
@@ -348,7 +369,7 @@ def test_supernet_is_equations_1_to_6(evidence):
     expected = sum(F.interpolate(net.poolings[str(k)](v), (33, 65), mode="bilinear", align_corners=True) for k, v in last.items())
     error = relative(net(x)["logits"], expected)
     assert error < 1e-5
-    evidence.property("the supernet equals equations 1 to 6, arrow by arrow and edge by edge")
+    evidence.property("the supernet equals equations 1 to 6, arrow by arrow and edge by edge", "超网等于公式 1 到 6，逐箭头、逐边核对")
 
 
 @torch.no_grad()
@@ -384,7 +405,10 @@ def test_one_hot_supernet_is_one_path_and_one_operation_per_edge(evidence):
     net(x)
     assert relative(seen[2], h) < 1e-5
     assert seen[1].any()  # not all else is shut: the node beside the path has the path's map of two layers ago as p
-    evidence.property("with one-hot alpha and beta, what the path 8 8 16 ends with is the path alone, with one operation on each edge")
+    evidence.property(
+        "with one-hot alpha and beta, what the path 8 8 16 ends with is the path alone, with one operation on each edge",
+        "alpha 和 beta 取独热时，路径 8 8 16 末端的结果就是这条路径单独的结果，每条边只有一个操作",
+    )
 
 
 def test_every_parameter_of_the_supernet_learns():
@@ -435,7 +459,10 @@ def test_weights_and_architecture_learn_in_turn_from_different_items(blobs: Path
     assert one | other <= {item.name for item in data.train}
     assert len(parsed(found["architecture"]).path) == 2
     assert found == find(LEAST, trials)
-    evidence.property("first weights alone, then weights and architecture in turn, from halves of the images that do not overlap")
+    evidence.property(
+        "first weights alone, then weights and architecture in turn, from halves of the images that do not overlap",
+        "先只学权重，再轮流学权重和结构，分别用互不重叠的两半图像",
+    )
 
 
 def test_halves_keep_groups_whole():

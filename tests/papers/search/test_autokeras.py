@@ -89,7 +89,7 @@ def test_a_path_of_edits_keeps_the_function(evidence):
     error = relative(child(image)["logits"], parent(image)["logits"])
     assert len({edit.kind for edit in path}) > 2
     assert error < 1e-5
-    evidence.property("eight edits in a row keep the function")
+    evidence.property("eight edits in a row keep the function", "连续八次编辑后函数不变")
 
 
 def test_copies_of_a_filter_part_ways_in_training():
@@ -175,7 +175,7 @@ def test_distances_by_brute_force(evidence):
     best = min(costs[0, i] + costs[1, j] for i, j in itertools.permutations(range(3), 2))
     assert skips_distance(one, two) == pytest.approx(best + 1)
     assert edit_distance(one, one) == 0
-    evidence.property("edit distances equal brute force over all matchings")
+    evidence.property("edit distances equal brute force over all matchings", "编辑距离等于对所有匹配的穷举结果")
 
 
 def test_kernel_is_positive_semi_definite_and_the_process_interpolates(evidence):
@@ -199,7 +199,10 @@ def test_kernel_is_positive_semi_definite_and_the_process_interpolates(evidence)
     y = (np.array(values[:-2]) - process.mean) / process.scale
     expected = process.mean + process.scale * everything[-2:, :-2] @ np.linalg.solve(k, y)
     np.testing.assert_allclose(mean[-2:], expected, atol=1e-4)
-    evidence.property("the kernel after Bourgain's embedding is positive semi-definite; the process equals the textbook's posterior")
+    evidence.property(
+        "the kernel after Bourgain's embedding is positive semi-definite; the process equals the textbook's posterior",
+        "Bourgain 嵌入之后的核半正定；高斯过程等于教科书上的后验",
+    )
 
 
 def test_embedding_does_not_stretch_distances():
@@ -234,7 +237,10 @@ def test_the_tree_search_finds_what_the_acquisition_likes(evidence):
     assert sum(plan.widths) > single  # it looks more than one edit ahead
     again = acquire(process, plans, [0.1, 0.2], config, np.random.default_rng(0))
     assert again == choice
-    evidence.property("the tree search goes several edits deep and returns a network of higher bound than any single edit")
+    evidence.property(
+        "the tree search goes several edits deep and returns a network of higher bound than any single edit",
+        "树搜索一次走好几步编辑，返回的网络的上界高于任何单步编辑",
+    )
 
 
 def test_what_is_known_is_not_tried_again():
@@ -300,7 +306,10 @@ def test_find(evidence):
     assert len(trials) == 5
     assert not any(scratch.begun)
     assert PAPER.search.trials(replace(config, **found)) == 0
-    evidence.property("a search trains as many candidates as it says; each begins with the function of the network that it grew from")
+    evidence.property(
+        "a search trains as many candidates as it says; each begins with the function of the network that it grew from",
+        "搜索训练的候选数与声明的一致；每个候选开始时的函数都与其父网络相同",
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)

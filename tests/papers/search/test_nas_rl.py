@@ -146,7 +146,10 @@ def test_the_cell_of_figure_5(evidence):
     new_h, new_c = cell(x, h, c)
     torch.testing.assert_close(new_h, torch.sigmoid(a0 * a1))
     torch.testing.assert_close(new_c, product_)  # in front of the activation
-    evidence.property("the recurrent cell of figure 5 by hand: injection of the memory, and the new memory in front of the activation")
+    evidence.property(
+        "the recurrent cell of figure 5 by hand: injection of the memory, and the new memory in front of the activation",
+        "图 5 的循环单元与手算相等：记忆的注入，以及取自激活之前的新记忆",
+    )
 
 
 def test_trees_of_more_leaves():
@@ -183,7 +186,7 @@ def test_probabilities_of_all_sentences_sum_to_one(evidence, skips):
     again, log = controller(3, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(log, controller(3, given=again)[1])
     if skips:
-        evidence.property("probabilities of all sentences, skip connections included, sum to 1")
+        evidence.property("probabilities of all sentences, skip connections included, sum to 1", "所有句子（含跳跃连接）的概率之和为 1")
 
 
 def test_skips_are_chosen_by_attention_over_anchors(evidence):
@@ -201,7 +204,10 @@ def test_skips_are_chosen_by_attention_over_anchors(evidence):
         reads[j] = True
         other = controller(3, given=Sentence(tokens, [[], [False], reads]))[1].detach()
         torch.testing.assert_close(other - reference, scores[j], rtol=1e-4, atol=1e-4)  # log(p / (1 - p)) is the score
-    evidence.property("set-selection attention: each earlier layer by its own Bernoulli, with the score as log-odds")
+    evidence.property(
+        "set-selection attention: each earlier layer by its own Bernoulli, with the score as log-odds",
+        "选出集合的注意力：前面的每一层各有自己的伯努利变量，得分就是对数几率",
+    )
 
 
 def test_reinforce_is_the_gradient_of_the_expected_reward(evidence):
@@ -220,7 +226,10 @@ def test_reinforce_is_the_gradient_of_the_expected_reward(evidence):
         error = relative(gradient((logs.exp().detach() * (rewards - baseline) * logs).sum()), exact)
         assert error < 1e-3
     assert relative(gradient((logs.exp().detach() * rewards * logs.exp()).sum()), exact) > 0.01
-    evidence.property("REINFORCE equals the exact gradient of the expected reward in a tabulated space, with and without a baseline")
+    evidence.property(
+        "REINFORCE equals the exact gradient of the expected reward in a tabulated space, with and without a baseline",
+        "在列成表的空间里，REINFORCE 的梯度等于期望奖励的精确梯度，有无基线都是如此",
+    )
 
 
 def test_one_step_of_reinforce(monkeypatch):
@@ -256,7 +265,10 @@ def test_the_controller_learns_a_table(evidence):
 
     assert late(True) > 0.6
     assert late(False) < 0.5
-    evidence.property("REINFORCE raises the share of what is rewarded, and does not without a reward")
+    evidence.property(
+        "REINFORCE raises the share of what is rewarded, and does not without a reward",
+        "REINFORCE 提高受奖励者的比例；没有奖励则不会",
+    )
 
 
 def test_depth_schedule():
@@ -306,5 +318,6 @@ def test_find_hands_over_the_best_and_repeats_itself(evidence, name):
     if name == "small":
         assert [len(parsed(n)) for n in one.seen] == [3] * 4 + [4] * 4 + [5] * 4  # the depth schedule
         evidence.property(
-            "a search trains as many candidates as it says, by the depth schedule, and hands over the best; same seed, same network"
+            "a search trains as many candidates as it says, by the depth schedule, and hands over the best; same seed, same network",
+            "搜索训练的候选数与声明的一致，层数按日程增加，交出其中最好的；种子相同，网络相同",
         )

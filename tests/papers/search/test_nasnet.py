@@ -101,7 +101,10 @@ def test_nets_that_were_released_have_the_papers_size_and_the_others_have_not(ev
         fewer = NASNet(3, 10, 32, replace(VARIANTS["cifar_7at2304"], repeats=6))  # section 4.1: N is 4 or 6
     assert sum(p.numel() for p in cifar.parameters()) == 3_346_538
     assert sum(p.numel() for p in fewer.parameters()) / 1e6 == pytest.approx(28.2, abs=0.05)
-    evidence.property("large and mobile: the paper's multiply-adds, parameters exact; 6 @ 768: 3.3 million")
+    evidence.property(
+        "large and mobile: the paper's multiply-adds, parameters exact; 6 @ 768: 3.3 million",
+        "large 与 mobile：乘加次数与论文一致，参数量完全相同；6 @ 768：3.3 百万",
+    )
 
 
 # --- Another implementation
@@ -186,7 +189,10 @@ def test_normal_cell_by_hand(evidence):
         3,
         3,
     ]
-    evidence.property("the normal cell is that of figure 4, by hand; its output is p and the five blocks")
+    evidence.property(
+        "the normal cell is that of figure 4, by hand; its output is p and the five blocks",
+        "普通单元就是图 4 的单元，与手算相等；输出是 p 和五个块",
+    )
 
 
 @torch.inference_mode()
@@ -201,7 +207,10 @@ def test_reduction_cell_by_hand(evidence):
     fifth = ops[8](first) + F.max_pool2d(a, 3, 2, 1)
     torch.testing.assert_close(cell(h, p), torch.cat([second, third, fourth, fifth], 1))
     assert cell(h, p).shape == (2, 16, 5, 5)
-    evidence.property("the reduction cell is that of figure 4, by hand; its output is the last four blocks")
+    evidence.property(
+        "the reduction cell is that of figure 4, by hand; its output is the last four blocks",
+        "降采样单元就是图 4 的单元，与手算相等；输出是后四个块",
+    )
 
 
 @torch.inference_mode()
@@ -214,7 +223,10 @@ def test_a_separable_convolution_is_applied_twice_and_relu_comes_first(evidence)
         x = F.conv2d(F.relu(x), weights[2 * i].weight, stride=stride, padding=2, groups=x.shape[1])
         x = norm(F.conv2d(x, weights[2 * i + 1].weight))
     torch.testing.assert_close(layer(image), x)
-    evidence.property("separable convolutions: ReLU, depthwise, pointwise, norm, twice; the stride in the first")
+    evidence.property(
+        "separable convolutions: ReLU, depthwise, pointwise, norm, twice; the stride in the first",
+        "可分离卷积：ReLU、深度卷积、逐点卷积、归一化，做两次；步长在第一次",
+    )
 
 
 @torch.inference_mode()
@@ -228,7 +240,10 @@ def test_reducing_loses_no_column(evidence):
             changed[:, :, row, row] += 1
             different = (reduce(changed) != reduce(x)).nonzero()[:, 1].unique().tolist()
             assert different == ([0, 1] if row % 2 == 0 else [2, 3])
-    evidence.property("factorised reduction: two shifted 1x1 paths, no cell is lost")
+    evidence.property(
+        "factorised reduction: two shifted 1x1 paths, no cell is lost",
+        "因子化降采样：两条错开一个像素的 1x1 通路，不漏任何像素",
+    )
 
 
 @torch.inference_mode()
@@ -289,7 +304,10 @@ def test_scheduled_drop_path(evidence):
     kept = added.abs().amax((1, 2, 3)) > 1e-6
     assert 0.4 < kept.float().mean() < 0.6  # an operation's result goes or stays for an image; the identity always stays
     torch.testing.assert_close(added[kept], 2 * deepest.operations[0](deepest.squeeze(h))[kept], rtol=1e-4, atol=1e-5)
-    evidence.property("ScheduledDropPath grows with depth and over training; per image, never of the identity")
+    evidence.property(
+        "ScheduledDropPath grows with depth and over training; per image, never of the identity",
+        "ScheduledDropPath 的丢弃概率随深度、也随训练增长；逐图丢弃，恒等从不被丢弃",
+    )
 
 
 def test_the_cell_after_a_reduction():
@@ -340,7 +358,10 @@ def test_probabilities_of_all_sequences_sum_to_one(evidence):
     _, taught, _ = controller(500, given=again)
     torch.testing.assert_close(drawn, taught)
     assert 0 < float(entropy.detach()) < 1.2
-    evidence.property("the controller's probabilities over all sequences sum to 1; drawn and given decisions have the same ones")
+    evidence.property(
+        "the controller's probabilities over all sequences sum to 1; drawn and given decisions have the same ones",
+        "控制器对所有序列的概率之和为 1；同样的决定，无论抽取还是给定，概率都相同",
+    )
 
 
 def test_decisions_spell_cells():
@@ -376,7 +397,10 @@ def test_ppo_learns_a_table(evidence):
 
     assert late(lambda d: float(d[2] == 3)) > 0.6
     assert late(lambda d: 0.5) < 0.5
-    evidence.property("PPO raises the share of what is rewarded in a tabulated space, and does not without a reward")
+    evidence.property(
+        "PPO raises the share of what is rewarded in a tabulated space, and does not without a reward",
+        "在列成表的空间里，PPO 提高受奖励者的比例；没有奖励则不会",
+    )
 
 
 class Table:
@@ -410,5 +434,6 @@ def test_find_hands_over_the_best_cells_and_repeats_itself(evidence):
     assert [PAPER.search.trials(VARIANTS[name]) for name in ("large", "mobile", "test")] == [0, 0, 0]
     assert PAPER.search.trials(replace(config, **found)) == 0
     evidence.property(
-        "a search trains as many candidates as it says, in shallow nets, and hands over the best of them; same seed, same cells"
+        "a search trains as many candidates as it says, in shallow nets, and hands over the best of them; same seed, same cells",
+        "搜索训练的候选数与声明的一致，用的是浅网络，交出其中最好的；种子相同，单元相同",
     )

@@ -159,7 +159,10 @@ def test_pruned_network_is_the_head_of_the_full_one(evidence):
             sizes.append(parameters(cut))
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == parameters(net) - 3 * (net.config.widths[0] + 1) * 3  # three heads of 3 classes are gone
-    evidence.property("UNet++ L^d, d = 1..4, has the nodes i + j <= d only and answers exactly as head d of the full network")
+    evidence.property(
+        "UNet++ L^d, d = 1..4, has the nodes i + j <= d only and answers exactly as head d of the full network",
+        "UNet++ L^d（d = 1..4）只有 i + j <= d 的节点，输出与完整网络的第 d 个头完全一致",
+    )
 
 
 def test_pruned_network_is_a_copy():
@@ -191,7 +194,7 @@ def test_shallow_heads_do_not_see_the_deep_nodes(evidence):
     seen = {key for key, node in net.nodes.items() if node[0].weight.grad is not None and node[0].weight.grad.any()}
     assert seen <= {"0_0", "1_0", "2_0", "0_1", "1_1", "0_2"}
     assert "0_2" in seen
-    evidence.property("the head on x(0,d) depends on the nodes of L^d only")
+    evidence.property("the head on x(0,d) depends on the nodes of L^d only", "x(0,d) 上的头只依赖 L^d 的节点")
 
 
 def test_hybrid_loss_is_the_printed_sum(evidence):
@@ -202,7 +205,10 @@ def test_hybrid_loss_is_the_printed_sum(evidence):
     torch.testing.assert_close(sum(hybrid_loss(logits, target)), printed)
     perfect = torch.stack(hybrid_loss(100 * y, target))
     torch.testing.assert_close(perfect, torch.tensor([0.0, -1.0]))
-    evidence.property("the hybrid loss is eq. 3 as printed, -1 at its best, and is summed over the heads")
+    evidence.property(
+        "the hybrid loss is eq. 3 as printed, -1 at its best, and is summed over the heads",
+        "混合损失与论文式 3 一致，最好时为 -1，并对各个头求和",
+    )
 
 
 def test_the_first_version_balances_regions(evidence):
@@ -219,7 +225,7 @@ def test_the_first_version_balances_regions(evidence):
     larger[1][:, 0, :, 8:] = 50.0
     torch.testing.assert_close(region_loss(larger[1], larger[0])[1], region_loss(empty, target)[1])
     assert hybrid_loss(larger[1], larger[0])[1] < hybrid_loss(empty, target)[1] - 0.01, "pixel by pixel it does not"
-    evidence.property("the first version's loss balances regions, the journal's does not")
+    evidence.property("the first version's loss balances regions, the journal's does not", "初版的损失平衡大小区域，期刊版的不平衡")
 
 
 def test_loss_leaves_ignored_pixels_out():
