@@ -103,7 +103,10 @@ def test_sensor_pixel_by_pixel(evidence):
                     if 0 <= r < 10 and 0 <= c < 14:
                         patch[:, i, j] = image[b, :, r, c]
             torch.testing.assert_close(found[b, 2 * scale : 2 * scale + 2], F.avg_pool2d(patch, 2**scale))
-    evidence.property("sensor: x is the column and y the row, (0, 0) the centre, two scales, zeros outside; against loops")
+    evidence.property(
+        "sensor: x is the column and y the row, (0, 0) the centre, two scales, zeros outside; against loops",
+        "传感器：x 是列、y 是行，(0, 0) 是中心，两个尺度，图外补零；与循环对照",
+    )
 
 
 @torch.inference_mode()
@@ -116,7 +119,10 @@ def test_cost_depends_on_glimpses_and_not_on_the_image(evidence):
 
     assert cost(20, 4) == cost(100, 4)
     assert 1.9 < cost(20, 8) / cost(20, 4) < 2.1
-    evidence.property("multiply-adds are the same for images of 20 and 100 pixels and grow with the number of glimpses")
+    evidence.property(
+        "multiply-adds are the same for images of 20 and 100 pixels and grow with the number of glimpses",
+        "20 与 100 像素的图像乘加次数相同；乘加次数随瞥视次数增长",
+    )
 
 
 @torch.inference_mode()
@@ -151,7 +157,10 @@ def test_locations_are_drawn_in_training_and_means_in_evaluation(evidence):
     expected = torch.distributions.Normal(mean, 0.1).log_prob(drawn).sum(1)
     torch.testing.assert_close(log[inside].detach(), expected[inside], rtol=1e-3, atol=1e-3)
     assert not drawn.requires_grad
-    evidence.property("Gaussian policy of fixed width around tanh of a linear layer: drawn in training, its mean in evaluation")
+    evidence.property(
+        "Gaussian policy of fixed width around tanh of a linear layer: drawn in training, its mean in evaluation",
+        "策略是以一层线性加 tanh 为均值、标准差固定的高斯：训练时采样，评估时取均值",
+    )
 
 
 def test_probability_is_of_the_unclamped_draw():
@@ -175,7 +184,10 @@ def test_what_learns_from_what(evidence):
         net.zero_grad()
         hybrid(TINY)(net(image), batch)[term].backward()
         assert {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()} == expected
-    evidence.property("REINFORCE reaches the location layer alone, the squared error the baseline alone, cross-entropy the rest")
+    evidence.property(
+        "REINFORCE reaches the location layer alone, the squared error the baseline alone, cross-entropy the rest",
+        "REINFORCE 的梯度只到位置层，平方误差只到基线，交叉熵到其余部分",
+    )
 
 
 def test_hybrid_loss_by_hand(evidence):
@@ -191,7 +203,10 @@ def test_hybrid_loss_by_hand(evidence):
     assert float(terms["policy"]) == pytest.approx(policy) and float(terms["baseline"]) == pytest.approx(baseline)
     assert float(terms["loss"]) == pytest.approx(float(F.cross_entropy(output["logits"], label)) + 0.01 * policy + baseline)
     assert float(terms["reward"]) == 0.5
-    evidence.property("hybrid loss: cross-entropy, 0.01 of the sum over time of -log pi (R - b), squared error of the baseline")
+    evidence.property(
+        "hybrid loss: cross-entropy, 0.01 of the sum over time of -log pi (R - b), squared error of the baseline",
+        "混合损失：交叉熵，-log pi (R - b) 对时间求和乘 0.01，基线的平方误差",
+    )
 
 
 def test_reinforce_is_the_gradient_of_the_expected_reward(evidence):
@@ -212,7 +227,10 @@ def test_reinforce_is_the_gradient_of_the_expected_reward(evidence):
     slope = torch.distributions.Normal(mean, 0.3).log_prob(torch.tensor(0.3)).exp() * (1 - mean**2)
     assert float(-net.location.bias.grad[0]) == pytest.approx(float(slope), rel=0.03)
     assert abs(float(net.location.bias.grad[1])) < 0.03
-    evidence.property("REINFORCE: 400,000 draws give the exact slope of the expected reward, whatever the baseline")
+    evidence.property(
+        "REINFORCE: 400,000 draws give the exact slope of the expected reward, whatever the baseline",
+        "REINFORCE：400,000 次采样给出期望奖励的精确斜率，与基线取值无关",
+    )
 
 
 def test_the_policy_learns_to_look_where_it_pays(evidence):
@@ -229,7 +247,7 @@ def test_the_policy_learns_to_look_where_it_pays(evidence):
         terms["loss"].backward()
         optimizer.step()
     assert float(net.eval()(image)["locations"][0, 1, 0].detach()) > 0.4
-    evidence.property("a policy that is rewarded for looking to the right does so")
+    evidence.property("a policy that is rewarded for looking to the right does so", "策略看向右侧得到奖励，就学会看向右侧")
 
 
 # --- Data
@@ -250,7 +268,10 @@ def test_scattered_images(evidence):
     assert torch.equal(plain["image"].as_subclass(torch.Tensor), image) and plain["label"] == 3
     moved = Scattered(share=28 / 60, clutter=4)(sample, (60, 60), torch.Generator().manual_seed(0))
     assert moved["image"].shape == (1, 60, 60)
-    evidence.property("translated and cluttered images: the digit whole, four pieces of 8 x 8 at most, the place known")
+    evidence.property(
+        "translated and cluttered images: the digit whole, four pieces of 8 x 8 at most, the place known",
+        "平移与带干扰的图像：数字完整，干扰最多四块 8 x 8，位置已知",
+    )
 
 
 def test_recipe_and_settings():

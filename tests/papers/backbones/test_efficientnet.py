@@ -129,7 +129,10 @@ def test_compound_scaling_doubles_the_cost_with_each_step(evidence):
     for phi in (0.5, 2, 6):
         assert compound(phi).flops == pytest.approx(compound(1).flops ** phi)
     assert compound(0) == (1, 1, 1)
-    evidence.property("alpha beta^2 gamma^2 = 1.92 with the paper's factors, and phi is its exponent")
+    evidence.property(
+        "alpha beta^2 gamma^2 = 1.92 with the paper's factors, and phi is its exponent",
+        "按论文的系数 alpha beta^2 gamma^2 = 1.92，phi 是它的指数",
+    )
 
 
 def test_the_papers_factors_are_among_the_candidates():
@@ -154,7 +157,10 @@ def test_measured_cost_follows_the_rule(evidence):
     ]
     assert cost[1] / cost[0] == pytest.approx(scale.flops, rel=0.35)
     assert 3 < cost[1] / cost[0] < 5.5
-    evidence.property("phi = 2 makes the small network about four times as dear, counted")
+    evidence.property(
+        "phi = 2 makes the small network about four times as dear, counted",
+        "phi = 2 时小网络的计算量约为四倍，由实际统计得出",
+    )
 
 
 def flops(config, side):
@@ -204,7 +210,10 @@ def test_same_padding_by_hand(evidence, side, kernel, stride):
                     if 0 <= y < side and 0 <= z < side:
                         expected[0, 0, i, j] += conv.weight[0, 0, a, b] * x[0, 0, y, z]
     torch.testing.assert_close(conv(x), expected)
-    evidence.property(f"SAME padding equals the definition (side {side}, kernel {kernel}, stride {stride})")
+    evidence.property(
+        f"SAME padding equals the definition (side {side}, kernel {kernel}, stride {stride})",
+        f"SAME 填充等于定义（边长 {side}，核 {kernel}，步长 {stride}）",
+    )
 
 
 def test_drop_connect_rises_with_depth_and_keeps_the_mean(evidence):
@@ -225,7 +234,10 @@ def test_drop_connect_rises_with_depth_and_keeps_the_mean(evidence):
     kept = outs.flatten(1).abs().sum(1) > 0
     assert 0.4 < kept.float().mean() < 0.6
     torch.testing.assert_close(outs[kept], (2 * branch).expand_as(outs[kept]), rtol=1e-4, atol=1e-5)
-    evidence.property("drop connect: the branch as a whole, for each image, divided by the chance that it stays; 0 to 0.2 over the blocks")
+    evidence.property(
+        "drop connect: the branch as a whole, for each image, divided by the chance that it stays; 0 to 0.2 over the blocks",
+        "drop connect：对每张图丢掉整个分支，保留时除以保留概率；丢弃概率沿各模块从 0 升向 0.2",
+    )
 
 
 def test_first_weights_keep_the_scale():

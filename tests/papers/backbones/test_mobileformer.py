@@ -176,7 +176,10 @@ def test_dynamic_relu_is_the_larger_of_two_lines_of_the_first_token(evidence):
         nn.init.zeros_(part.weight)
         nn.init.zeros_(part.bias)
     torch.testing.assert_close(relu(x, z), F.relu(x))  # slopes of 1 and 0
-    evidence.property("dynamic ReLU: max of two lines, slopes from the first token alone; with slopes 1 and 0 the ReLU")
+    evidence.property(
+        "dynamic ReLU: max of two lines, slopes from the first token alone; with slopes 1 and 0 the ReLU",
+        "动态 ReLU：取两条直线中较大的一条，斜率只由第一个 token 决定；斜率为 1 和 0 时就是 ReLU",
+    )
 
 
 def test_block_goes_to_the_former_through_mobile_and_back(evidence):
@@ -188,7 +191,10 @@ def test_block_goes_to_the_former_through_mobile_and_back(evidence):
     torch.testing.assert_close(y, block.to_mobile(features, tokens))
     torch.testing.assert_close(w, tokens)
     assert y.shape == (2, 12, 4, 4)
-    evidence.property("block: Mobile to Former on its input, Former, Mobile with the new tokens, Former to Mobile on its output")
+    evidence.property(
+        "block: Mobile to Former on its input, Former, Mobile with the new tokens, Former to Mobile on its output",
+        "块：Mobile → Former 看块的输入，Former，Mobile 使用新的 token，Former → Mobile 作用于 Mobile 的输出",
+    )
 
 
 def test_what_is_global_reaches_every_cell_through_the_tokens_only(evidence):
@@ -201,7 +207,10 @@ def test_what_is_global_reaches_every_cell_through_the_tokens_only(evidence):
         net = randomised(built(replace(config, former=former)))
         corner = (net.pyramid(changed)[-1] - net.pyramid(image)[-1])[0, :, -1, -1]
         assert bool(corner.abs().max() > 0) is heard
-    evidence.property("the tokens carry a change of one pixel to the farthest cell; Mobile alone does not")
+    evidence.property(
+        "the tokens carry a change of one pixel to the farthest cell; Mobile alone does not",
+        "改动一个像素，经由 token 能传到最远的格子；只有 Mobile 时传不到",
+    )
 
 
 def test_mobile_blocks_by_hand():
@@ -253,7 +262,7 @@ def test_where_tokens_look(evidence):
     (x, z), weights = given[0], maps[-1].flatten(3)  # what was found with these weights is what the bridge gave
     seen = (weights @ x.flatten(2).unflatten(1, (2, -1)).mT).transpose(1, 2).flatten(2)
     torch.testing.assert_close(last.norm(z + last.out(2 * F.hardsigmoid(last.gate(z)) * seen)), after)
-    evidence.property("attention maps of every bridge sum to one over the cells")
+    evidence.property("attention maps of every bridge sum to one over the cells", "每座桥的注意力图在各格子上之和为一")
 
 
 def test_first_weights():

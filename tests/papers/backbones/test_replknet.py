@@ -127,7 +127,10 @@ def test_mmpretrains_names(evidence):
         mapped = SOURCES["mmpretrain"](given, configured("small_kernels"))
         assert mapped.keys() == net.state_dict().keys()
         assert all(torch.equal(mapped[key], value) for key, value in net.state_dict().items())
-    evidence.property("state dicts with mmpretrain's prefixes load, and give the same network as the official names")
+    evidence.property(
+        "state dicts with mmpretrain's prefixes load, and give the same network as the official names",
+        "带 mmpretrain 前缀的 state dict 可以加载，得到的网络与官方命名的相同",
+    )
 
 
 def test_published_weights_are_of_the_named_variants():
@@ -158,7 +161,10 @@ def test_merged_kernel_is_the_sum_of_both_branches(evidence, kernel, small):
             wrong = torch.roll(one.weight - alone.weight, 1, -1) + alone.weight  # one cell off the middle
             assert relative(F.conv2d(x, wrong, one.bias, padding=kernel // 2, groups=6), block(x)) > 0.01
     if kernel == 31:
-        evidence.property("31x31 and 5x5 branches with batch norms = one 31x31 convolution with a bias, on maps smaller than the kernel")
+        evidence.property(
+            "31x31 and 5x5 branches with batch norms = one 31x31 convolution with a bias, on maps smaller than the kernel",
+            "带批归一化的 31x31 与 5x5 两支 = 一个带偏置的 31x31 卷积，在小于核的特征图上验证",
+        )
 
 
 def test_the_whole_network_answers_the_same_merged(evidence):
@@ -172,7 +178,10 @@ def test_the_whole_network_answers_the_same_merged(evidence):
     # Norms that stand in front of a convolution stay: one a block and the last.
     assert sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) == 2 * sum(VARIANTS["small"].layers) + 1
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())  # the trained one is left alone
-    evidence.property("whole network: kernels merged and norms folded, equal logits; the trained network is unchanged")
+    evidence.property(
+        "whole network: kernels merged and norms folded, equal logits; the trained network is unchanged",
+        "整个网络：合并卷积核、吸收批归一化后 logits 相等；训练好的网络不变",
+    )
 
 
 def test_merging_needs_evaluation():
@@ -198,7 +207,10 @@ def test_blocks_are_what_figure_4_draws(evidence):
         assert y.shape[1] == 24
         y = ffn.project[1](F.conv2d(0.5 * y * (1 + torch.erf(y / 2**0.5)), ffn.project[0].weight))
         torch.testing.assert_close(ffn(x), x + y)
-    evidence.property("RepLK and ConvFFN blocks by hand, norm first, shortcut around all")
+    evidence.property(
+        "RepLK and ConvFFN blocks by hand, norm first, shortcut around all",
+        "RepLK 块与 ConvFFN 块逐步手算：先归一化，捷径跨过全部",
+    )
 
 
 @pytest.mark.parametrize("kernel", [3, 13])
@@ -212,14 +224,20 @@ def test_a_block_sees_as_far_as_its_large_kernel(evidence, kernel):
     assert seen.amin(0).tolist() == [10 - kernel // 2] * 2
     assert seen.amax(0).tolist() == [10 + kernel // 2] * 2
     if kernel == 13:
-        evidence.property("a block mixes exactly 13x13 cells, and 3x3 with that kernel")
+        evidence.property(
+            "a block mixes exactly 13x13 cells, and 3x3 with that kernel",
+            "核为 13x13 的块恰好混合 13x13 个格子，核为 3x3 时为 3x3 个",
+        )
 
 
 def test_stochastic_depth_is_one_rate_a_pair_and_grows_over_all_stages(evidence):
     net = built(Config(layers=(1, 2, 2), kernels=(5, 5, 5), widths=(4, 4, 4), small_kernel=3, drop_path=0.4))
     rates = [block.drop_path.p for stage in net.stages for block in stage]
     assert rates == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
-    evidence.property("stochastic depth: linear over the pairs of all stages, the same in both blocks of a pair")
+    evidence.property(
+        "stochastic depth: linear over the pairs of all stages, the same in both blocks of a pair",
+        "随机深度：丢弃率沿所有阶段的块对线性增长，一对中的两块相同",
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,7 +279,10 @@ def test_field_of_a_known_filter(evidence):
     line = torch.zeros(31)
     line[9:22] = F.conv1d(F.conv1d(torch.ones(1, 1, 5), torch.ones(1, 1, 5), padding=4), torch.ones(1, 1, 5), padding=4)[0, 0] / 125
     torch.testing.assert_close(effective_receptive_field(stack(5, 3), image), line[:, None] * line)
-    evidence.property("effective receptive field of known filters: a box and its convolution with itself, by hand")
+    evidence.property(
+        "effective receptive field of known filters: a box and its convolution with itself, by hand",
+        "已知滤波器的有效感受野：方框及其与自身的卷积，手算验证",
+    )
 
 
 def test_field_grows_with_the_kernel_and_with_the_root_of_the_depth(evidence):
@@ -277,7 +298,8 @@ def test_field_grows_with_the_kernel_and_with_the_root_of_the_depth(evidence):
     assert spread(13, 1) / spread(3, 1) == pytest.approx(((13**2 - 1) / (3**2 - 1)) ** 0.5, rel=1e-4)
     assert spread(31, 1) / spread(3, 15) == pytest.approx(8**0.5, rel=1e-3)
     evidence.property(
-        "fields grow with the kernel's side and with the root of the depth; 31x31 once against 3x3 fifteen times: 2.8 times wider"
+        "fields grow with the kernel's side and with the root of the depth; 31x31 once against 3x3 fifteen times: 2.8 times wider",
+        "感受野随核的边长、随深度的平方根增长；一层 31x31 是十五层 3x3 的 2.8 倍宽",
     )
 
 
@@ -311,7 +333,10 @@ def test_large_kernels_of_a_new_network_see_further_than_a_deeper_net_of_small_o
         net = built(replace(one_stage, **settings))
         ratio[name] = area_ratio(heat(effective_receptive_field(lambda x, net=net: net.pyramid(x)[-1], image)), 0.5)
     assert ratio["large"] > 2 * ratio["deep"] >= 2 * ratio["small"]
-    evidence.property("untrained: half of the heat of 4 layers of 13x13 takes more than twice the square of 12 layers of 3x3")
+    evidence.property(
+        "untrained: half of the heat of 4 layers of 13x13 takes more than twice the square of 12 layers of 3x3",
+        "未训练时：装下一半热度的方块，4 层 13x13 的是 12 层 3x3 的两倍以上",
+    )
 
 
 # --- Training

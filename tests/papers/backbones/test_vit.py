@@ -163,7 +163,10 @@ def test_patches_are_flattened_and_mapped_linearly(evidence):
     expected = flat @ net.patches.weight.flatten(1).T + net.patches.bias
     torch.testing.assert_close(net.embedded(image)[:, 1:] - net.positions[:, 1:], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(net.embedded(image)[:, 0], (net.class_token + net.positions[:, :1])[:, 0].expand(2, -1))
-    evidence.property("eq. 1: class token first, then flattened patches times E, plus E_pos")
+    evidence.property(
+        "eq. 1: class token first, then flattened patches times E, plus E_pos",
+        "式 1：class token 在最前，随后是展平的小块乘 E，再加 E_pos",
+    )
 
 
 def test_attention_by_hand(evidence):
@@ -178,7 +181,7 @@ def test_attention_by_hand(evidence):
         heads.append(weights[-1] @ v[..., part])
     torch.testing.assert_close(msa(z), msa.out(torch.cat(heads, -1)))
     torch.testing.assert_close(msa.attention(z), torch.stack(weights, 1))
-    evidence.property("eqs. 5 to 8, head by head, with a scale of 1/sqrt(D/heads)")
+    evidence.property("eqs. 5 to 8, head by head, with a scale of 1/sqrt(D/heads)", "式 5 至式 8，逐头计算，缩放为 1/sqrt(D/头数)")
 
 
 def test_layer_is_pre_norm(evidence):
@@ -188,7 +191,7 @@ def test_layer_is_pre_norm(evidence):
     h = layer.hidden(F.layer_norm(z1, (12,), layer.norm2.weight, layer.norm2.bias, 1e-6))
     h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
     torch.testing.assert_close(layer(z), z1 + layer.output(h))
-    evidence.property("eqs. 2 and 3: LayerNorm before, residual after; exact GELU")
+    evidence.property("eqs. 2 and 3: LayerNorm before, residual after; exact GELU", "式 2、式 3：LayerNorm 在前，残差在后；精确的 GELU")
 
 
 def test_order_of_patches_matters_through_the_position_embeddings_alone(evidence):
@@ -202,7 +205,10 @@ def test_order_of_patches_matters_through_the_position_embeddings_alone(evidence
     assert relative(net(shuffled)["logits"], net(image)["logits"]) > 0.01
     net.positions.zero_()
     assert relative(net(shuffled)["logits"], net(image)["logits"]) < 1e-5
-    evidence.property("shuffled patches change the answer; without E_pos they do not (1e-5)")
+    evidence.property(
+        "shuffled patches change the answer; without E_pos they do not (1e-5)",
+        "打乱小块会改变答案；去掉 E_pos 后就不会（1e-5）",
+    )
 
 
 @pytest.mark.parametrize("size", [(7, 7), (3, 3), (6, 9)])
@@ -217,7 +223,10 @@ def test_position_embeddings_are_interpolated_as_officially(evidence, size):
     assert resized(positions, 5, 5) is positions
     half_pixel = F.interpolate(torch.from_numpy(grid).permute(2, 0, 1)[None], size=size, mode="bilinear")
     assert (half_pixel[0].permute(1, 2, 0).reshape(-1, 4) - torch.from_numpy(expected)).abs().max() > 0.05  # the other convention
-    evidence.property("section 3.2: position embeddings interpolated in 2-D equal scipy's zoom of order 1, class token apart")
+    evidence.property(
+        "section 3.2: position embeddings interpolated in 2-D equal scipy's zoom of order 1, class token apart",
+        "第 3.2 节：二维插值的位置编码等于 scipy 的一阶 zoom，class token 的另放",
+    )
 
 
 def test_weights_of_another_size_are_taken(evidence):
@@ -230,7 +239,10 @@ def test_weights_of_another_size_are_taken(evidence):
     image = torch.randn(1, 3, 96, 96)
     torch.testing.assert_close(net(image), small(image))
     assert net.positions.shape == (1, 145, 48)
-    evidence.property("weights of one image size load at another and equal interpolation on the fly")
+    evidence.property(
+        "weights of one image size load at another and equal interpolation on the fly",
+        "一种图像尺寸的权重可加载到另一种尺寸，与运行时插值的结果相等",
+    )
 
 
 def test_heads(evidence):
@@ -241,7 +253,7 @@ def test_heads(evidence):
     y = pre.embed(torch.randn(2, 3, 64, 64))
     torch.testing.assert_close(pre.head(y), pre.head[2](torch.tanh(pre.head[0](y))))
     assert pre.head[2].weight.any()
-    evidence.property("heads: tanh layer and linear layer, or one linear layer of zeros")
+    evidence.property("heads: tanh layer and linear layer, or one linear layer of zeros", "头：tanh 层加线性层，或一个全零的线性层")
 
 
 def test_dropout_is_after_dense_layers_and_positions():
@@ -291,7 +303,7 @@ def test_attention_maps(evidence):
     mean = sum(((a - c) ** 2 + (b - d) ** 2) ** 0.5 for a, b in places for c, d in places) / 81
     assert near == 0
     assert far == pytest.approx(mean)
-    evidence.property("attention rollout and mean attention distance by hand")
+    evidence.property("attention rollout and mean attention distance by hand", "注意力 rollout 与平均注意力距离，手算验证")
 
 
 @pytest.mark.parametrize(("name", "side", "stride"), [("b/16", 224, 16), ("h/14", 224, 14), ("r50+b/16", 224, 16), ("r50+b/32", 224, 32)])

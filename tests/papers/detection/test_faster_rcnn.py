@@ -169,7 +169,10 @@ def test_nine_anchors(evidence):
     assert (torch.stack([w, h], 1) / classic - 1).abs().max() < 0.065
     torch.testing.assert_close((w * h).sqrt(), torch.tensor([128.0, 256, 512] * 3), rtol=0.01, atol=0)
     assert (shapes[:, :2] == -shapes[:, 2:]).all()
-    evidence.property("nine anchors: three areas, three ratios, centred, within 6.5 % of the published table of boxes")
+    evidence.property(
+        "nine anchors: three areas, three ratios, centred, within 6.5 % of the published table of boxes",
+        "九个锚框：三种面积、三种长宽比，以原点为中心，与公布的框表相差不到 6.5 %",
+    )
 
 
 def test_anchor_labels_by_brute_force(evidence):
@@ -193,7 +196,8 @@ def test_anchor_labels_by_brute_force(evidence):
     crossing = label_anchors(anchors, boxes, 100, inside=False)[0]
     assert (crossing != label).any()
     evidence.property(
-        "an anchor is positive at an overlap of 0.7 or as the best of an object, negative below 0.3, unused where it crosses the border"
+        "an anchor is positive at an overlap of 0.7 or as the best of an object, negative below 0.3, unused where it crosses the border",
+        "锚框的 IoU 不低于 0.7 或是某个目标的最佳锚框时为正，低于 0.3 为负，越过图像边界的不用",
     )
 
 
@@ -204,7 +208,7 @@ def test_two_scores_are_one_logistic_score(evidence):
     torch.testing.assert_close(
         F.cross_entropy(scores, label), F.binary_cross_entropy_with_logits(scores[:, 1] - scores[:, 0], label.float())
     )
-    evidence.property("a softmax over two scores is a logistic score of their difference")
+    evidence.property("a softmax over two scores is a logistic score of their difference", "两个得分的 softmax 等于其差的逻辑回归得分")
 
 
 def test_batch_of_anchors(evidence):
@@ -215,7 +219,10 @@ def test_batch_of_anchors(evidence):
     many = sample(torch.tensor([1] * 400 + [0] * 500), 256, 0.5)
     assert [int(many[:400].sum()), int(many[400:].sum())] == [128, 128]
     assert not torch.equal(chosen, sample(label, 256, 0.5))
-    evidence.property("a mini-batch of 256 anchors: at most half of them positive, filled up with negatives")
+    evidence.property(
+        "a mini-batch of 256 anchors: at most half of them positive, filled up with negatives",
+        "小批量为 256 个锚框：正样本至多一半，其余用负样本补齐",
+    )
 
 
 def test_loss_is_eq_1(evidence):
@@ -237,7 +244,10 @@ def test_loss_is_eq_1(evidence):
     head = smooth(output["region_t"] - output["region_t_star"])[output["region_label"] > 0].sum() / 6
     torch.testing.assert_close(terms["head_reg"], head)
     torch.testing.assert_close(terms["loss"], sum(v for k, v in terms.items() if k != "loss"))
-    evidence.property("the loss is eq. 1 with N_reg the number of places and lambda 10, plus Fast R-CNN's")
+    evidence.property(
+        "the loss is eq. 1 with N_reg the number of places and lambda 10, plus Fast R-CNN's",
+        "损失是式 1（N_reg 为位置数，lambda 为 10）加上 Fast R-CNN 的损失",
+    )
 
 
 def test_boxes_do_not_carry_the_heads_gradient(evidence):
@@ -247,7 +257,10 @@ def test_boxes_do_not_carry_the_heads_gradient(evidence):
     out = network(batch["image"], batch["boxes"], batch["labels"])
     grads = torch.autograd.grad(out["logits"].sum() + out["region_t"].sum(), list(network.rpn.parameters()), allow_unused=True)
     assert all(g is None for g in grads)
-    evidence.property("the head's loss does not reach the RPN through the coordinates of the regions")
+    evidence.property(
+        "the head's loss does not reach the RPN through the coordinates of the regions",
+        "检测头的损失不会经由区域坐标传回 RPN",
+    )
 
 
 def test_head_sees_few_backgrounds_that_overlap_little():

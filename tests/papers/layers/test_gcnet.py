@@ -215,7 +215,10 @@ def test_non_local_by_hand(evidence, function):
         gathered = sum(f[j] * (w["value"] @ there + b["value"]) for j, there in enumerate(cells))
         expected[i] += w["out"] @ gathered + b["out"]
     torch.testing.assert_close(block(x)[0].flatten(1).T, expected)
-    evidence.property(f"non-local block, {function}: eqs. 1 and 2 by a loop over queries and keys")
+    evidence.property(
+        f"non-local block, {function}: eqs. 1 and 2 by a loop over queries and keys",
+        f"non-local 块，{function}：对查询和键循环，核对式 1、式 2",
+    )
 
 
 def test_simplified_block_is_a_non_local_block_whose_queries_are_all_the_same(evidence):
@@ -231,7 +234,10 @@ def test_simplified_block_is_a_non_local_block_whose_queries_are_all_the_same(ev
     torch.testing.assert_close(simple(x), block(x), rtol=1e-4, atol=1e-5)
     block.query.weight.normal_(0, 1)
     assert relative(simple(x), block(x)) > 0.01
-    evidence.property("simplified non-local block: equal to a non-local block whose queries do not depend on the position, and only then")
+    evidence.property(
+        "simplified non-local block: equal to a non-local block whose queries do not depend on the position, and only then",
+        "简化 non-local 块：等于查询与位置无关的 non-local 块，并且仅在那时相等",
+    )
 
 
 def test_context_is_the_same_everywhere_and_any_place_can_change_it(evidence):
@@ -246,7 +252,10 @@ def test_context_is_the_same_everywhere_and_any_place_can_change_it(evidence):
     scaling = randomised(GlobalContext(16, Context(ratio=4, fusion="scale")))
     factor = scaling(x) / x
     torch.testing.assert_close(factor, factor[:, :, :1, :1].expand_as(factor), rtol=1e-4, atol=1e-5)
-    evidence.property("one context vector an image: added (or multiplied) alike at all positions, from all positions")
+    evidence.property(
+        "one context vector an image: added (or multiplied) alike at all positions, from all positions",
+        "每张图一个上下文向量：来自所有位置，在所有位置同样相加（或相乘）",
+    )
 
 
 def test_transforms_differ_by_what_stands_between():
@@ -280,7 +289,10 @@ def test_blocks_stand_inside_all_units_of_c3_to_c5_or_once_in_c4(evidence):
     assert inside == [f"body.layer{i}.{j}.bn3.1" for i, depth in ((2, 4), (3, 6), (4, 3)) for j in range(depth)]
     assert [name for name, m in one.named_modules() if isinstance(m, GlobalContext)] == ["body.layer3.5"]
     assert len(one.body.layer3) == 7
-    evidence.property("GC blocks: before the addition in each of the 13 units of c3 to c5; a single one before the last unit of c4")
+    evidence.property(
+        "GC blocks: before the addition in each of the 13 units of c3 to c5; a single one before the last unit of c4",
+        "GC 块：放在 c3 到 c5 全部 13 个单元的相加之前；只放一个时在 c4 最后一个单元之前",
+    )
 
 
 def test_inside_comes_before_the_addition_and_after_behind_it():
@@ -318,7 +330,10 @@ def test_other_backbones_take_it_behind_their_blocks(evidence, name):
     for key in places:
         randomised(host.get_submodule(key))
     assert relative(host(image)["logits"], before) > 1e-3
-    evidence.property(f"{name} in a ConvNeXt: four places, behind the blocks below the finest resolution")
+    evidence.property(
+        f"{name} in a ConvNeXt: four places, behind the blocks below the finest resolution",
+        f"ConvNeXt 中的 {name}：四处，都在块之后，最细的分辨率除外",
+    )
 
 
 def test_host_with_context_is_exported():
@@ -348,7 +363,10 @@ def test_distances_are_means_over_all_pairs(evidence):
     p = v / v.sum(2, keepdim=True)
     jsd = torch.tensor([[[scipy.spatial.distance.jensenshannon(a, b) ** 2 for b in one] for a in one] for one in p.double().numpy()])
     torch.testing.assert_close(jensen_shannon(p).double(), jsd.mean((1, 2)), rtol=1e-4, atol=1e-6)
-    evidence.property("eq. 4: cosine distance of all pairs without looking at pairs; Jensen-Shannon divergence as scipy's")
+    evidence.property(
+        "eq. 4: cosine distance of all pairs without looking at pairs; Jensen-Shannon divergence as scipy's",
+        "式 4：不逐对计算而得到所有配对的余弦距离；Jensen-Shannon 散度与 scipy 一致",
+    )
 
 
 def test_share_of_the_query():

@@ -81,7 +81,10 @@ def test_sampled_entropies(case, evidence):
     truth = exact.entropies(probs)
     assert relative(sampled.entropies(probs), truth) < 0.01
     assert relative(case["sampled_entropies"], truth) < 0.01, "the recorded ones are as near"
-    evidence.property(f"sampled joint entropies of {case['size']} images with {case['c']} classes agree with exact ones within 1 %")
+    evidence.property(
+        f"sampled joint entropies of {case['size']} images with {case['c']} classes agree with exact ones within 1 %",
+        f"{case['size']} 张图、{case['c']} 类的采样联合熵与精确值相差不到 1 %",
+    )
 
 
 @pytest.mark.parametrize(("n", "c"), [(2, 4), (3, 3), (4, 2)])
@@ -91,7 +94,10 @@ def test_information_equals_brute_force(n, c, evidence):
     assert found.scores[-1] == pytest.approx(information(log_probs), rel=1e-9)
     for size in range(1, n + 1):
         assert found.scores[size - 1] == pytest.approx(information(log_probs[found.indices[:size]]), rel=1e-9)
-    evidence.property(f"the score of {n} images with {c} classes is the mutual information summed over every configuration of their labels")
+    evidence.property(
+        f"the score of {n} images with {c} classes is the mutual information summed over every configuration of their labels",
+        f"{n} 张图、{c} 类的得分等于对所有标法求和得到的互信息",
+    )
 
 
 def test_greedy_is_within_its_bound_and_each_choice_is_the_best(evidence):
@@ -106,7 +112,10 @@ def test_greedy_is_within_its_bound_and_each_choice_is_the_best(evidence):
             values = {i: information(log_probs[[*found.indices[:size], i]]) for i in rest}
             assert found.indices[size] == max(values, key=values.__getitem__)
     assert 1 - 1 / math.e <= worst <= 1 + 1e-9
-    evidence.property("greedy batches reach at least 1 - 1/e of the best batch, found by trying all")
+    evidence.property(
+        "greedy batches reach at least 1 - 1/e of the best batch, found by trying all",
+        "贪心选出的批至少达到最优批的 1 - 1/e，最优批由枚举得到",
+    )
 
 
 def test_information_is_submodular_and_bounded(evidence):
@@ -115,7 +124,10 @@ def test_information_is_submodular_and_bounded(evidence):
     gains = np.diff([0.0, *found.scores])
     assert (gains >= -1e-9).all() and (np.diff(gains) <= 1e-9).all()
     assert found.scores[-1] <= math.log(8) and found.scores[-1] <= float(bald(log_probs)[found.indices].sum())
-    evidence.property("scores never fall, gains never rise, and no batch holds more than log K nats or than its images by themselves")
+    evidence.property(
+        "scores never fall, gains never rise, and no batch holds more than log K nats or than its images by themselves",
+        "得分从不下降，增益从不上升；任何一批的信息都不超过 log K nat，也不超过各图单独得分之和",
+    )
 
 
 def test_a_batch_of_one_is_balds(evidence):
@@ -125,14 +137,20 @@ def test_a_batch_of_one_is_balds(evidence):
     certain = torch.full((1, 5, 3), -100.0).index_fill(2, torch.tensor([0]), 0.0)
     noisy = torch.full((1, 5, 3), -math.log(3))
     torch.testing.assert_close(bald(torch.cat([certain, noisy])), torch.zeros(2, dtype=torch.float64), atol=1e-6, rtol=0)
-    evidence.property("a batch of one is BALD's; images on which all draws agree tell nothing, be they sure or not")
+    evidence.property(
+        "a batch of one is BALD's; images on which all draws agree tell nothing, be they sure or not",
+        "批大小为一时就是 BALD；所有抽样意见一致的图不提供信息，不论是否有把握",
+    )
 
 
 def test_copies_are_not_chosen_twice(evidence):
     log_probs = draw(5, 12, 40, 4).repeat(5, 1, 1)  # five copies of each
     assert len({i % 12 for i in batchbald(log_probs, 5).indices}) == 5
     assert len({i % 12 for i in bald_batch(log_probs, 5).indices}) == 1
-    evidence.property("of a pool of copies BALD's best are one image five times, BatchBALD's five images")
+    evidence.property(
+        "of a pool of copies BALD's best are one image five times, BatchBALD's five images",
+        "池中有副本时，BALD 的前五名是同一张图的五个副本，BatchBALD 的是五张不同的图",
+    )
 
 
 def test_beyond_the_configurations_the_estimate_goes_on():
@@ -158,7 +176,10 @@ def test_all_images_of_a_draw_share_one_mask(evidence):
     assert all(value == 0 or value == pytest.approx(1 / 0.5 / 0.75) for value in first.unique().tolist())
     assert 0 < int((channels == 0).all(1).sum()) < 16, "channels go as a whole"
     assert torch.equal(network(one), one.expand(6, 16, 5, 5).flatten(1)), "nothing is left behind"
-    evidence.property("each draw has one mask for all images and all calls; Dropout2d drops channels")
+    evidence.property(
+        "each draw has one mask for all images and all calls; Dropout2d drops channels",
+        "每次抽样只有一个掩码，用于所有图像和所有调用；Dropout2d 按整个通道丢弃",
+    )
 
 
 def test_draws_average_to_the_network_and_are_reproducible():
@@ -198,7 +219,7 @@ def test_networks_of_the_experiments(name, classes, count, evidence):
     plain = nn.Sequential(*first, *rest, nn.Flatten(), network.hidden, relu, network.classifier)
     image = torch.randn(2, 1, 28, 28)
     torch.testing.assert_close(network(image)["logits"], plain(image))
-    evidence.property(f"the {name} network has {count:,} parameters")
+    evidence.property(f"the {name} network has {count:,} parameters", f"{name} 网络有 {count:,} 个参数")
 
 
 def test_nothing_is_augmented():

@@ -122,7 +122,10 @@ def test_keys_follow_by_momentum_only(evidence):
     output = model(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32))
     loss(VARIANTS["test"])(output, {})["loss"].backward()
     assert all(p.grad is None and not p.requires_grad for p in model.key.parameters())
-    evidence.property("the key encoder's parameters move by eq. 2 and get no gradient; its batch norm statistics are its own")
+    evidence.property(
+        "the key encoder's parameters move by eq. 2 and get no gradient; its batch norm statistics are its own",
+        "键编码器的参数按式 2 更新，没有梯度；批归一化统计量是它自己的",
+    )
 
 
 def test_queue_is_first_in_first_out(evidence):
@@ -134,7 +137,7 @@ def test_queue_is_first_in_first_out(evidence):
     assert int(model.pointer) == 4
     model.enqueue(torch.arange(20.0)[:, None].expand(20, 8))
     assert sorted(model.queue[0].tolist()) == list(range(4, 20)), "of more keys than the queue holds the newest stay"
-    evidence.property("new keys replace the oldest, and the queue begins again at its end")
+    evidence.property("new keys replace the oldest, and the queue begins again at its end", "新键替换最旧的键，队列到末尾后从头接着写")
 
 
 def test_own_keys_are_no_negatives(evidence):
@@ -149,7 +152,10 @@ def test_own_keys_are_no_negatives(evidence):
     torch.testing.assert_close(similarity[:, 1:], q @ before)
     assert not torch.equal(model.queue, before)
     torch.testing.assert_close(similarity[:, 0], (q * model.queue[:, :4].T).sum(1))
-    evidence.property("the positive is the own key; the batch's keys enter the queue after they were compared")
+    evidence.property(
+        "the positive is the own key; the batch's keys enter the queue after they were compared",
+        "正样本是自己的键；当前批的键比较完才入队",
+    )
 
 
 def test_shuffling_changes_statistics_and_nothing_else(evidence):
@@ -167,7 +173,10 @@ def test_shuffling_changes_statistics_and_nothing_else(evidence):
     assert error(shuffled, model.key(view)[1]) > 1e-3
     plain = network(shuffle=False)
     torch.testing.assert_close(plain.keys(view), plain.key(view)[1])
-    evidence.property("shuffled keys come back in their queries' order, and other examples share their batch norm statistics")
+    evidence.property(
+        "shuffled keys come back in their queries' order, and other examples share their batch norm statistics",
+        "打乱的键还原成查询的次序；与它们共用批归一化统计量的是别的样本",
+    )
 
 
 def half(rank: int) -> dict[str, Tensor]:
@@ -199,7 +208,10 @@ def test_two_processes_shuffle_over_both(tmp_path, evidence):
         torch.testing.assert_close(f["queue"][:, :8], keys.T)
         assert int(f["pointer"]) == 8
     assert torch.equal(found[0]["queue"], found[1]["queue"])
-    evidence.property("two processes: views are shuffled over both before the keys are encoded, and both queues get all keys")
+    evidence.property(
+        "two processes: views are shuffled over both before the keys are encoded, and both queues get all keys",
+        "双进程：视图在两个进程间打乱后再编码成键，两个队列都得到全部键",
+    )
 
 
 def test_only_the_backbone_is_used_afterwards():

@@ -67,7 +67,10 @@ def test_equals_the_definition(evidence):
         terms.append(-math.log(exp[j] / sum(e for k, e in enumerate(exp) if k != i)))
     found = float(nt_xent(z[::2].float(), z[1::2].float(), 0.5))
     assert abs(found - sum(terms) / 10) < 1e-5 * found
-    evidence.property("NT-Xent equals eq. 1 summed in two loops, averaged over 2N anchors; an anchor is no negative of itself")
+    evidence.property(
+        "NT-Xent equals eq. 1 summed in two loops, averaged over 2N anchors; an anchor is no negative of itself",
+        "NT-Xent 等于式 1 的双重循环求和，对 2N 个锚点取平均；锚点不是自己的负样本",
+    )
 
 
 def test_perfect_views_leave_only_the_negatives():
@@ -112,7 +115,10 @@ def test_two_processes_are_one_batch(tmp_path, evidence):
     alone = network()
     step(alone, *(part.chunk(2)[0] for part in batch()))
     assert error(torch.cat([p.grad.flatten() for p in alone.parameters()]), whole) > 0.1
-    evidence.property("two processes give the loss, gradients and batch norm statistics of one with the whole batch")
+    evidence.property(
+        "two processes give the loss, gradients and batch norm statistics of one with the whole batch",
+        "双进程的损失、梯度和批归一化统计量等于单进程整批",
+    )
 
 
 def test_projection_head_is_the_released_one(evidence):
@@ -122,7 +128,10 @@ def test_projection_head_is_the_released_one(evidence):
     assert sum(p.numel() for p in head.parameters()) == 4_460_672
     assert sum(p.numel() for p in model.parameters()) == 27_968_704
     assert [n for n, _ in head.named_parameters()] == ["0.weight", "1.weight", "1.bias", "3.weight", "4.weight"]
-    evidence.property("the head has the released layout: no biases, a batch norm after each layer, the last one without beta")
+    evidence.property(
+        "the head has the released layout: no biases, a batch norm after each layer, the last one without beta",
+        "投影头与公布的布局相同：没有偏置，每层之后有批归一化，最后一个没有 beta",
+    )
 
 
 def test_blocks_start_as_their_shortcuts():

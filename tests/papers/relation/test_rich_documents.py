@@ -100,7 +100,10 @@ def test_crf_equals_enumeration(evidence):
         ours = crf_loss(emissions, torch.tensor([[*path, 0]]), mask, start, transitions, end)
         assert float(ours) == pytest.approx(float(normaliser) - score, abs=1e-4)
     assert tuple(viterbi(emissions, mask, start, transitions, end)[0, :4].tolist()) == max(scores, key=scores.__getitem__)
-    evidence.property("the CRF's normaliser is the sum over all paths of a short chain, and Viterbi's path the best of them")
+    evidence.property(
+        "the CRF's normaliser is the sum over all paths of a short chain, and Viterbi's path the best of them",
+        "CRF 的归一化项是短链上所有路径之和，Viterbi 的路径是其中最优的",
+    )
 
 
 def test_edges(evidence):
@@ -113,7 +116,10 @@ def test_edges(evidence):
     moved = boxes + torch.tensor([0.3, -0.7, 0.0, 0.0])[:, None]
     torch.testing.assert_close(edge_features(moved), edge_features(boxes), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(edge_features(3.7 * boxes), edge_features(boxes))
-    evidence.property("edge features do not change when a page is moved or scaled, and are in units of the first node's height")
+    evidence.property(
+        "edge features do not change when a page is moved or scaled, and are in units of the first node's height",
+        "页面平移或缩放时边特征不变；边特征以第一个节点的高度为单位",
+    )
 
 
 def test_graph_convolution_by_loops(evidence):
@@ -130,7 +136,8 @@ def test_graph_convolution_by_loops(evidence):
         torch.testing.assert_close(new_t[0, i], sum(a[j] * h[j] for j in range(3)).relu(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(new_r[0, i], torch.stack([layer.renew(h[j]).relu() for j in range(n)]), rtol=1e-4, atol=1e-5)
     evidence.property(
-        "a graph convolution is the MLP of each concatenated triplet, weighted by attention over real neighbours, self included"
+        "a graph convolution is the MLP of each concatenated triplet, weighted by attention over real neighbours, self included",
+        "图卷积是每个拼接三元组的 MLP，按对真实邻居（包括自己）的注意力加权",
     )
 
 
@@ -141,7 +148,10 @@ def test_nodes_may_be_listed_in_any_order(evidence):
         torch.testing.assert_close(net(page[..., order])[key], net(page)[key][:, order], rtol=1e-4, atol=1e-5)
     reader = network(replace(TINY, context="document"))
     assert relative(reader(page[..., order])["logits"], reader(page)["logits"][:, order]) > 1e-2  # a reader of one text minds
-    evidence.property("listing the segments in another order lists the results in that order; reading the page as one text does not")
+    evidence.property(
+        "listing the segments in another order lists the results in that order; reading the page as one text does not",
+        "文本段换一种次序列出，结果也按该次序列出；把整页当一段文字读则不然",
+    )
 
 
 @pytest.mark.parametrize("context", ["graph", "document", "segment"])
@@ -155,7 +165,7 @@ def test_padding_is_not_seen(evidence, context):
     dirty[:, BOX + 30 :] = 0.5  # behind the zero that ends every text
     torch.testing.assert_close(net(dirty)["logits"], together["logits"])
     if context == "graph":
-        evidence.property("what fills up a batch or a text is not seen")
+        evidence.property("what fills up a batch or a text is not seen", "批和文本中的填充不可见")
 
 
 def test_what_reaches_a_segment(evidence):
@@ -178,7 +188,8 @@ def test_what_reaches_a_segment(evidence):
     even = network(replace(TINY, attention=False))
     assert even.graph[0].attend is None and torch.isfinite(even(page)["logits"]).all()
     evidence.property(
-        "layout reaches a segment through the edges alone, other texts through graph or reading, and nothing where it stands alone"
+        "layout reaches a segment through the edges alone, other texts through graph or reading, and nothing where it stands alone",
+        "布局只经由边到达一段，其他段的文字经由图或整页读法到达；单独处理一段时什么都不到达",
     )
 
 
@@ -207,7 +218,10 @@ def test_uncertainty(evidence):
     torch.testing.assert_close(net.log_variance.grad, torch.zeros(2), rtol=0, atol=1e-5)
     alone = network(replace(TINY, multi_task=False)).train()
     assert set(loss(alone(batch["page"]), batch)) == {"loss"}
-    evidence.property("tasks are weighted by learned uncertainties, which rest where the variance equals the task's loss")
+    evidence.property(
+        "tasks are weighted by learned uncertainties, which rest where the variance equals the task's loss",
+        "任务按可学习的不确定性加权，方差等于该任务的损失时稳定",
+    )
 
 
 def test_loss_sees_real_tokens_only():

@@ -171,7 +171,10 @@ def test_the_detector_is_faster_rcnn(evidence):
     assert error < 1e-4
     ours.trunk.dilate((1,) * 7 + (3,))
     assert relative(ours(image)["scores"], expected["scores"]) > 1e-4
-    evidence.property("with the original blocks and no dilation the detector gives Faster R-CNN's boxes and scores")
+    evidence.property(
+        "with the original blocks and no dilation the detector gives Faster R-CNN's boxes and scores",
+        "用原始的模块分配、不用空洞时，检测器给出与 Faster R-CNN 相同的框和得分",
+    )
 
 
 @torch.inference_mode()
@@ -196,7 +199,10 @@ def test_a_dilated_block_is_one_of_a_large_sparse_kernel(evidence, block):
     assert [m.shape for m in found] == [m.shape for m in undilated]
     assert max(relative(a, b) for a, b in zip(found, expected)) < 1e-5
     assert relative(undilated[-1], expected[-1]) > 1e-2
-    evidence.property(f"{block}: a dilation equals a large kernel with zeros, strided blocks included, and keeps all sizes")
+    evidence.property(
+        f"{block}: a dilation equals a large kernel with zeros, strided blocks included, and keeps all sizes",
+        f"{block}：空洞卷积等于补零的大核，带步长的模块也一样；所有尺寸不变",
+    )
 
 
 def test_which_convolution_is_dilated():
@@ -226,14 +232,17 @@ def test_reallocated_networks_cost_as_much(evidence, name):
     assert config.stages[0] < original.stages[0]
     assert config.stages[1] < original.stages[1]
     assert config.stages[3] > original.stages[3]
-    evidence.property("reallocated ResNets: multiply-adds equal the original's exactly, dilated or not; table 1's figures within 2 %")
+    evidence.property(
+        "reallocated ResNets: multiply-adds equal the original's exactly, dilated or not; table 1's figures within 2 %",
+        "重新分配的 ResNet：不论有无空洞，乘加次数都与原始网络完全相等；与表 1 的数字相差不到 2 %",
+    )
 
 
 def test_every_eligible_allocation_costs_the_same(evidence):
     space = replace(VARIANTS["small"], original=(2, 1, 1, 2), space=((1, 2, 3),) * 4)
     assert len(eligible(space)) == 10
     assert len({trunk_flops(replace(space, stages=tau)) for tau in eligible(space)}) == 1
-    evidence.property("every eligible allocation of a space has the same multiply-adds")
+    evidence.property("every eligible allocation of a space has the same multiply-adds", "一个空间里所有合格分配的乘加次数都相同")
 
 
 def test_the_papers_space():
@@ -271,7 +280,10 @@ def test_a_path_is_a_network_of_its_own(evidence, level, choices):
     image = torch.randn(2, 3, 64, 64)
     out, expected = net(image), alone(image)
     assert all(torch.equal(out[key], expected[key]) for key in expected)
-    evidence.property("a path of either supernet equals the network of that allocation with its weights, bit by bit")
+    evidence.property(
+        "a path of either supernet equals the network of that allocation with its weights, bit by bit",
+        "两个超网的任一路径，都与采用该分配和这些权重的独立网络逐位相同",
+    )
 
 
 def test_training_draws_paths_evenly_and_trains_only_them(evidence):
@@ -295,7 +307,10 @@ def test_training_draws_paths_evenly_and_trains_only_them(evidence):
         seen.update(enumerate(spatial(block).dilation[0] for block in rates.trunk.path()))
     assert len(seen) == 15
     assert all(70 < n < 130 for n in seen.values())  # 100 expected
-    evidence.property("single paths drawn evenly in training: only their blocks get gradients")
+    evidence.property(
+        "single paths drawn evenly in training: only their blocks get gradients",
+        "训练时均匀抽取单条路径：只有该路径的模块得到梯度",
+    )
 
 
 @torch.no_grad()
@@ -314,7 +329,10 @@ def test_statistics_are_the_paths_own(evidence):
     torch.testing.assert_close(net.trunk.stem[1].running_mean, expected, rtol=1e-4, atol=1e-5)
     features, again = net.trunk.pyramid(known)[-1], net.decide((2, 2, 2, 2)).decide((1, 2, 1, 2), batch=3).trunk.pyramid(known)[-1]
     assert torch.equal(features, again)  # whatever was valued before
-    evidence.property("batch norms take a path's own statistics, of the last training images, before it is valued")
+    evidence.property(
+        "batch norms take a path's own statistics, of the last training images, before it is valued",
+        "给路径估值之前，批归一化先在最近的训练图像上取该路径自己的统计量",
+    )
 
 
 @torch.inference_mode()
@@ -360,7 +378,10 @@ def test_greedy_search_is_algorithm_1(evidence):
     assert greedy((RATES,) * 5, value, 243) == max(table, key=lambda o: table[o])
     additive = lambda part: sum((0.1, 0.3, 0.2)[o - 1] for o in part)  # noqa: E731
     assert greedy((RATES,) * 5, additive, 1) == (2,) * 5
-    evidence.property("greedy operation search: 3 + 9 (B - 1) evaluations with K = 3, the exhaustive optimum with a wide beam")
+    evidence.property(
+        "greedy operation search: 3 + 9 (B - 1) evaluations with K = 3, the exhaustive optimum with a wide beam",
+        "贪心的操作搜索：K = 3 时估值 3 + 9 (B - 1) 次，束够宽时得到穷举最优",
+    )
 
 
 def test_candidates():
@@ -416,7 +437,8 @@ def test_find_hands_over_the_best_and_repeats_itself(evidence):
     assert PAPER.search.find(replace(TINY, stages=(2, 1, 1, 1)), named)["dilations"] == [1, 1, 1, 3, 3]
     assert named.asked == [({"supernet": "dilations"}, False)]
     evidence.property(
-        "a search trains two supernets, values only allocations of equal cost, and hands over the best; same seed, same network"
+        "a search trains two supernets, values only allocations of equal cost, and hands over the best; same seed, same network",
+        "搜索训练两个超网，只给代价相等的分配估值，交出最好的一个；种子相同，网络相同",
     )
 
 
@@ -453,7 +475,10 @@ def test_the_field_of_a_map_grows_with_dilation(evidence):
     assert all(field.shape == (320, 320) for field in wide)
     assert [area_ratio(field, 0.5) for field in narrow] == sorted(area_ratio(field, 0.5) for field in narrow)
     assert area_ratio(wide[-1], 0.5) > 1.3 * area_ratio(narrow[-1], 0.5)
-    evidence.property("the effective receptive field of P5 grows when the last stage is dilated (figure 1)")
+    evidence.property(
+        "the effective receptive field of P5 grows when the last stage is dilated (figure 1)",
+        "最后一个阶段加空洞后，P5 的有效感受野变大（图 1）",
+    )
 
 
 def test_recipe_of_section_4_1():

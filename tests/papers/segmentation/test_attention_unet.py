@@ -146,7 +146,10 @@ def test_alpha_lies_between_zero_and_one(evidence):
         assert alpha.max() < 1
         assert alpha.std() > 1e-3
     assert out["attention_2"].sum((2, 3)).min() > 1.5  # a softmax over the positions would sum to 1
-    evidence.property("alpha is a sigmoid: in (0, 1) at each position, at levels 2 to 4")
+    evidence.property(
+        "alpha is a sigmoid: in (0, 1) at each position, at levels 2 to 4",
+        "alpha 是 sigmoid：第 2 至 4 级的每个位置都在 (0, 1) 内",
+    )
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -162,7 +165,10 @@ def test_open_gate_passes_everything_and_shut_gate_nothing(evidence, ndim):
         gate.psi.bias.fill_(-200)
         out, alpha = gate(x, g)
         torch.testing.assert_close(out, gate.out(torch.zeros_like(x)))
-    evidence.property(f"alpha = 1 passes the whole skip, alpha = 0 nothing of it ({ndim}-D)")
+    evidence.property(
+        f"alpha = 1 passes the whole skip, alpha = 0 nothing of it ({ndim}-D)",
+        f"alpha = 1 时跳连全部通过，alpha = 0 时全部挡住（{ndim} 维）",
+    )
 
 
 def test_gate_looks_at_the_coarser_level(evidence):
@@ -181,7 +187,7 @@ def test_gate_looks_at_the_coarser_level(evidence):
     inside[4:8, 10:14] = True
     assert alpha[0, 0][inside].min() > 0.5
     assert alpha[0, 0][~inside].mean() < 0.1
-    evidence.property("alpha follows the gating signal in space, from half the resolution")
+    evidence.property("alpha follows the gating signal in space, from half the resolution", "alpha 在空间上跟随只有一半分辨率的门控信号")
 
 
 def test_finest_skip_is_not_gated(evidence):
@@ -195,7 +201,7 @@ def test_finest_skip_is_not_gated(evidence):
         net(image)
         finest = net.encoder[0](image)
         assert torch.equal(seen[0][:, : finest.shape[1]], finest)
-    evidence.property("the finest skip is concatenated as the encoder left it")
+    evidence.property("the finest skip is concatenated as the encoder left it", "最细的跳连按编码器的原样拼接")
 
 
 def test_new_gates_are_open():

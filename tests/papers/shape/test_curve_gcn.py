@@ -90,7 +90,10 @@ def test_curves_pass_through_their_points_and_have_no_seam(evidence):
         assert torch.allclose(curve(points, 5)[:, ::5], points, atol=1e-5)
         assert torch.allclose(curve(points.roll(3, 1), 5), curve(points, 5).roll(15, 1), atol=1e-5)
     assert torch.allclose(polygon(points, 2)[:, 1::2], (points + points.roll(-1, 1)) / 2)
-    evidence.property("spline and polygon pass through every control point, and turn with the ring: there is no seam")
+    evidence.property(
+        "spline and polygon pass through every control point, and turn with the ring: there is no seam",
+        "样条和多边形经过每个控制点，并随环一起旋转：没有接缝",
+    )
 
 
 def test_knots_are_constants_to_the_gradient():
@@ -128,7 +131,10 @@ def test_point_matching_is_the_minimum_over_all_shifts(evidence, k):
         assert torch.isclose(point_matching(curve[i : i + 1], truth[i : i + 1]), theirs[i], rtol=1e-5)
     assert torch.isclose(point_matching(curve, truth), theirs.mean(), rtol=1e-5)
     if k == 128:
-        evidence.property("point matching loss equals the minimum over all K cyclic shifts by brute force")
+        evidence.property(
+            "point matching loss equals the minimum over all K cyclic shifts by brute force",
+            "点匹配损失等于蛮力算出的 K 种循环移位中的最小值",
+        )
 
 
 def test_point_matching_does_not_see_where_a_curve_begins(evidence):
@@ -138,7 +144,10 @@ def test_point_matching_does_not_see_where_a_curve_begins(evidence):
         assert torch.equal(best_shift(curve, curve.roll(shift, 1)), torch.tensor([shift, shift]))
         assert torch.equal(matched(curve, curve.roll(shift, 1)), curve)
     assert point_matching(curve, curve.flip(1)) > 0.1, "the other way round is another curve"
-    evidence.property("point matching loss is invariant to cyclic shifts and sees the orientation")
+    evidence.property(
+        "point matching loss is invariant to cyclic shifts and sees the orientation",
+        "点匹配损失对循环移位不变，但能分辨方向",
+    )
 
 
 def test_gradient_of_point_matching():
@@ -170,7 +179,7 @@ def test_graph_network_turns_with_its_nodes(evidence):
     assert relative(net(nodes.roll(4, 1), a), net(nodes, a).roll(4, 1)) < 1e-5
     assert relative(net(nodes.flip(1), a), net(nodes, a).flip(1)) < 1e-5
     assert relative(net(nodes[:, torch.randperm(10)], a), net(nodes, a)) > 1e-2, "it is no set"
-    evidence.property("graph network is equivariant to rotations and reversal of the node order")
+    evidence.property("graph network is equivariant to rotations and reversal of the node order", "图网络对节点次序的循环移位和反转等变")
 
 
 def test_parameter_counts(evidence):
@@ -182,7 +191,10 @@ def test_parameter_counts(evidence):
     budget = sum(count(GraphResNet(small.features + 2, small.state, small.residuals)) for _ in range(3))
     control = Direct(small, budget)
     assert abs(count(control) / budget - 1) < 0.02
-    evidence.property("438,146 parameters a step and 1,314,438 in three, as counted from the layout of the authors' code by derivatives")
+    evidence.property(
+        "438,146 parameters a step and 1,314,438 in three, as counted from the layout of the authors' code by derivatives",
+        "一步 438,146 个参数，三步 1,314,438 个，与按作者代码衍生版本的结构数出的一致",
+    )
 
 
 def test_features_are_bilinear_between_cells():
@@ -207,7 +219,10 @@ def test_a_step_looks_where_its_points_are(network, evidence):
     assert not torch.allclose(gradient, torch.ones(()).expand_as(gradient)), "a shift of the start moves more than the start"
     turned = network.moved(features, start.roll(5, 1))[-1]
     assert relative(turned, stages[-1].roll(5, 1)) < 1e-5
-    evidence.property("each step samples features at its own points; the whole automatic network is equivariant to the node order")
+    evidence.property(
+        "each step samples features at its own points; the whole automatic network is equivariant to the node order",
+        "每一步在自己的点上采样特征；整个自动网络对节点次序的循环移位等变",
+    )
 
 
 def test_start():
@@ -229,7 +244,10 @@ def test_rendered_mask_is_the_polygon(evidence):
     star[::2] = 0.5 + 0.35 * (star[::2] - 0.5)
     mask = Render.apply(star[None] * 48, 48)[0]
     assert (mask.numpy() != rasterised(star.double().numpy() * 48, (48, 48))).sum() <= 1
-    evidence.property("the triangle fan renders polygons as matplotlib's point-in-polygon test does, convex or not")
+    evidence.property(
+        "the triangle fan renders polygons as matplotlib's point-in-polygon test does, convex or not",
+        "三角扇渲染多边形的结果与 matplotlib 的点在多边形内的判定一致，凸或凹都成立",
+    )
 
 
 def test_gradient_of_the_rendered_area(evidence):
@@ -239,7 +257,10 @@ def test_gradient_of_the_rendered_area(evidence):
     ahead, behind = points.detach().roll(-1, 1), points.detach().roll(1, 1)
     exact = 0.5 * torch.stack([ahead[..., 1] - behind[..., 1], behind[..., 0] - ahead[..., 0]], 2)
     assert relative(points.grad, exact) < 0.03
-    evidence.property("first-order gradients of the renderer: within 3 % of the derivative of the area")
+    evidence.property(
+        "first-order gradients of the renderer: within 3 % of the derivative of the area",
+        "渲染器的一阶梯度：与面积的导数相差不到 3 %",
+    )
 
 
 def test_gradient_of_the_accuracy_loss_by_finite_differences(evidence):
@@ -258,7 +279,10 @@ def test_gradient_of_the_accuracy_loss_by_finite_differences(evidence):
                 values.append(float(accuracy(moved, truth, "polygon")))
             numeric[0, i, axis] = (values[0] - values[1]) / (2 * step)
     assert relative(points.grad, numeric) < 0.05
-    evidence.property("gradients of the differentiable accuracy loss agree with finite differences of the rendered mask")
+    evidence.property(
+        "gradients of the differentiable accuracy loss agree with finite differences of the rendered mask",
+        "可微精度损失的梯度与渲染掩码的有限差分一致",
+    )
 
 
 def test_accuracy_loss_pulls_a_circle_onto_an_object(evidence):
@@ -270,7 +294,10 @@ def test_accuracy_loss_pulls_a_circle_onto_an_object(evidence):
         (gradient,) = torch.autograd.grad(accuracy(points, truth, "spline"), points)
         points = (points - 0.05 * gradient).detach().requires_grad_()
     assert float(accuracy(points, truth, "spline").detach()) < 0.03 * first
-    evidence.property("gradient descent on the accuracy loss alone puts a circle onto an object and keeps it there")
+    evidence.property(
+        "gradient descent on the accuracy loss alone puts a circle onto an object and keeps it there",
+        "只用精度损失做梯度下降，就能把圆贴到目标上并停在那里",
+    )
 
 
 def test_degenerate_polygons_have_gradients():
@@ -302,7 +329,10 @@ def test_a_correction_moves_the_neighbours_only(network, evidence):
     assert not torch.equal(other[0], found[0]), "the neighbours see the shift"
     turned = correct(network, image, points.roll(3, 0), 2, (0.9, 0.4))
     assert relative(turned, found.roll(3, 0)) < 1e-5
-    evidence.property("a correction leaves the dragged point where it was put, moves k = 2 neighbours on each side, and no other point")
+    evidence.property(
+        "a correction leaves the dragged point where it was put, moves k = 2 neighbours on each side, and no other point",
+        "一次修正让被拖动的点留在所放之处，移动两侧各 k = 2 个邻居，不动其他点",
+    )
 
 
 def test_simulated_corrections_take_the_worst_point(network):
@@ -326,7 +356,7 @@ def test_the_automatic_network_does_not_learn_from_corrections(evidence):
     (100 * point_matching(catmull_rom(output["corrected"][:, 0], 4), batch["outline"][:, ::20])).backward()
     touched = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"interactive"}
-    evidence.property("gradients of simulated corrections reach the interactive network only")
+    evidence.property("gradients of simulated corrections reach the interactive network only", "模拟修正的梯度只到达交互网络")
 
 
 # Network

@@ -101,7 +101,10 @@ def test_multiply_adds_are_the_papers(evidence):
             fast = sum(by_part["SlowFast.fast.stem"].values()) + sum(sum(by_part[f"SlowFast.fast.stages.{i}"].values()) for i in range(4))
             assert 0.15 < fast / counter.get_total_flops() < 0.25
     assert counted == pytest.approx({"4x16": 36.1, "8x8": 65.7, "slow_4x16": 27.3}, abs=0.6)
-    evidence.property("multiply-adds of table 2 (36.1, 65.7, 27.3 G), a fifth of 4x16's in the Fast pathway")
+    evidence.property(
+        "multiply-adds of table 2 (36.1, 65.7, 27.3 G), a fifth of 4x16's in the Fast pathway",
+        "表 2 的乘加次数（36.1、65.7、27.3 G），4x16 的五分之一在快路径",
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -117,7 +120,10 @@ def test_slow_sees_floors_of_even_distances(evidence):
     net = built(dataclasses.replace(LITTLE, frames=8, alpha=4))
     assert net.slow_places(32) == [0, 4, 8, 13, 17, 22, 26, 31] == torch.linspace(0, 31, 8).long().tolist()
     assert net.grid == Grid(fixed=32, frames=32, step=1)
-    evidence.property("Slow takes its frames at floor(i (alpha T - 1) / (T - 1)), as the released code")
+    evidence.property(
+        "Slow takes its frames at floor(i (alpha T - 1) / (T - 1)), as the released code",
+        "慢路径取第 floor(i (alpha T - 1) / (T - 1)) 帧，与官方代码一致",
+    )
 
 
 def test_a_block_is_a_bottleneck_that_leaves_time_alone(evidence):
@@ -137,7 +143,7 @@ def test_a_block_is_a_bottleneck_that_leaves_time_alone(evidence):
     y = (unit(y, block.c) + unit(x, block.shortcut, stride=(1, 2, 2))).relu()
     torch.testing.assert_close(block(x), y, rtol=1e-4, atol=1e-5)
     assert block(x).shape == (2, 16, 5, 4, 4)
-    evidence.property("block: 3x1x1, 1x3x3 with the stride, 1x1x1, shortcut; by hand")
+    evidence.property("block: 3x1x1, 1x3x3 with the stride, 1x1x1, shortcut; by hand", "块：3x1x1、带步长的 1x3x3、1x1x1、捷径；手算验证")
 
 
 @pytest.mark.parametrize("name", ["8x8", "4x16", "16x8"])
@@ -163,7 +169,10 @@ def test_only_the_last_stages_of_slow_see_time(evidence):
     for name, pathway in (("slow", net.slow), ("fast", net.fast)):
         kernels[name] = [pathway.stem[0][0].kernel_size[0], *(stage[0].a[0].kernel_size[0] for stage in pathway.stages)]
     assert kernels == {"slow": [1, 1, 1, 3, 3], "fast": [5, 3, 3, 3, 3]}
-    evidence.property("temporal kernels: Slow in res4 and res5 alone, Fast in the stem (5) and everywhere (3)")
+    evidence.property(
+        "temporal kernels: Slow in res4 and res5 alone, Fast in the stem (5) and everywhere (3)",
+        "时间卷积核：慢路径只在 res4、res5，快路径在 stem（5）和其余各处（3）",
+    )
 
 
 def test_without_lateral_weights_slow_is_the_slow_network(evidence):
@@ -186,7 +195,10 @@ def test_without_lateral_weights_slow_is_the_slow_network(evidence):
     slow = net.embed(clip)[:, : alone.embedding]
     assert relative(slow, alone.embed(clip[:, :, net.slow_places(16)])) < 1e-5
     assert relative(net.embed(clip.flip(2))[:, : alone.embedding], slow) > 1e-3
-    evidence.property("with silent lateral connections Slow's features are those of the slow-only network")
+    evidence.property(
+        "with silent lateral connections Slow's features are those of the slow-only network",
+        "横向连接静默时，慢路径的特征就是单独慢路径网络的特征",
+    )
 
 
 def test_only_fast_sees_the_frames_in_between(evidence):
@@ -200,7 +212,10 @@ def test_only_fast_sees_the_frames_in_between(evidence):
         before, after = net.embed(clip), net.embed(changed)
         assert (relative(after[:, :slow], before[:, :slow]) > 1e-6) == seen
         assert relative(after[:, slow:], before[:, slow:]) > 1e-4
-    evidence.property("frames between Slow's reach Slow through the lateral connections alone")
+    evidence.property(
+        "frames between Slow's reach Slow through the lateral connections alone",
+        "慢路径各帧之间的帧只能经横向连接影响慢路径",
+    )
 
 
 def test_blocks_begin_as_identities():
