@@ -94,7 +94,10 @@ def test_operations_of_the_readmes_result(evidence):
     assert least * 0.99 < 1.81e8 < most * 1.01 and most / least < 1.03
     assert cost["all"] / 4e9 == pytest.approx(0.253, rel=0.02)
     assert 0.01 < cost["policy"] / (cost["all"] / 2) < 0.055
-    evidence.property("operations of ResNet-110 with 16.933 blocks and the policy network: the official README's 1.81E+08 within 2 %")
+    evidence.property(
+        "operations of ResNet-110 with 16.933 blocks and the policy network: the official README's 1.81E+08 within 2 %",
+        "ResNet-110 的 16.933 个块加策略网络的运算量：与官方 README 的 1.81E+08 相差不到 2 %",
+    )
 
 
 # --- The official code
@@ -159,7 +162,8 @@ def test_dropping_is_real_and_an_exported_network_gives_the_same(monkeypatch, ev
     assert counter.get_total_flops() > sum(alone)
     torch.testing.assert_close(written, output)
     evidence.property(
-        "dropping is real: counted operations are those of kept blocks, alone and in a batch; an exported graph computes all, same outputs"
+        "dropping is real: counted operations are those of kept blocks, alone and in a batch; an exported graph computes all, same outputs",
+        "丢弃是真的：无论单张图还是批次，统计到的运算量就是保留块的运算量；导出的图计算全部块，输出相同",
     )
 
 
@@ -170,7 +174,7 @@ def test_with_all_blocks_it_is_the_plain_network(evidence):
     for block in net.trunk.blocks:
         x = F.relu(block.shortcut(x) + block.branch(x))
     torch.testing.assert_close(net(image, torch.ones(2, 4))["logits"], net.head(x.mean((2, 3))))
-    evidence.property("a policy of ones is the plain residual network")
+    evidence.property("a policy of ones is the plain residual network", "策略全为一时就是普通残差网络")
 
 
 # --- Learning
@@ -181,7 +185,10 @@ def test_reward_is_equation_3(evidence):
     gates = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
     found = reward(logits, torch.tensor([0, 1, 2, 0]), gates, torch.tensor(-5.0))
     torch.testing.assert_close(found, torch.tensor([0, 1 - 1 / 16, 1, -5]))
-    evidence.property("reward: 1 - (share of blocks)^2 where right, the penalty where wrong")
+    evidence.property(
+        "reward: 1 - (share of blocks)^2 where right, the penalty where wrong",
+        "奖励：预测正确时为 1 - (块的占比)^2，错误时为惩罚",
+    )
 
 
 def test_the_expected_update_is_the_gradient_of_the_expected_reward(monkeypatch, evidence):
@@ -226,7 +233,10 @@ def test_policy_loss_by_hand(evidence):
     policy = -(-0.5 * (0.75 - 0) + -0.7 * (-1 - 0)) / 2
     assert float(terms["policy"]) == pytest.approx(policy)
     assert float(terms["loss"]) == pytest.approx(float(F.cross_entropy(output["logits"], label)) + policy - 0.04, rel=1e-5)
-    evidence.property("policy loss: -log pi(u) (R(u) - R(likeliest u)), less the weighted entropy term")
+    evidence.property(
+        "policy loss: -log pi(u) (R(u) - R(likeliest u)), less the weighted entropy term",
+        "策略损失：-log pi(u) (R(u) - R(最可能的 u))，减去加权的熵项",
+    )
 
 
 def test_probabilities_are_bounded_while_they_are_explored(monkeypatch):
@@ -264,7 +274,10 @@ def test_phases_and_curriculum(evidence):
     assert list(decided.values()) == [0, 0, 1, 2, 3, 4, 4, 4, 4, 4]
     with pytest.raises(InputError, match="phases"):
         built(replace(TINY, phases=(0.8, 0.4)))
-    evidence.property("phases: the residual network alone, the policy on one block more at a time from the last with the other fixed, both")
+    evidence.property(
+        "phases: the residual network alone, the policy on one block more at a time from the last with the other fixed, both",
+        "阶段：只训残差网络；残差网络固定，策略从最后一块起逐块放开；两者一起训练",
+    )
 
 
 def test_earlier_blocks_are_kept_in_evaluation_too():
@@ -296,7 +309,10 @@ def test_the_policy_learns_what_pays(evidence):
         optimizer.step()
     s = net.policy(images(16)).mean(0).detach()
     assert s[0] > 0.6 and s[1:].max() < 0.5
-    evidence.property("policy gradient keeps the one block that makes predictions right and drops the others")
+    evidence.property(
+        "policy gradient keeps the one block that makes predictions right and drops the others",
+        "策略梯度保留让预测正确的那一块，丢掉其余的块",
+    )
 
 
 def test_recipe_and_pyramid():

@@ -121,7 +121,10 @@ def test_what_gates_cost(evidence):
     assert shares["recurrent"] < 0.0004
     assert shares["feedforward1"] == pytest.approx((1 / 4 + 1 / 16) / 2, rel=0.01)
     assert shares["feedforward2"] == pytest.approx(0.125, rel=0.01)
-    evidence.property("cost of the gates in a block's operations: 12.5 % (feed-forward II), 15.6 % (I), below 0.04 % (recurrent)")
+    evidence.property(
+        "cost of the gates in a block's operations: 12.5 % (feed-forward II), 15.6 % (I), below 0.04 % (recurrent)",
+        "门占一个块运算量的比例：12.5 %（前馈 II）、15.6 %（前馈 I）、不到 0.04 %（循环）",
+    )
 
 
 # --- The official code
@@ -166,7 +169,8 @@ def test_equation_1_and_what_is_computed(evidence, gates):
     if not on.any():
         assert (found < 0).any()  # no ReLU follows a shortcut alone
     evidence.property(
-        f"equation 1 with gates {gates}: the block is computed for {sum(gates)} of 5 images, and no ReLU follows a shortcut alone"
+        f"equation 1 with gates {gates}: the block is computed for {sum(gates)} of 5 images, and no ReLU follows a shortcut alone",
+        f"式 1，门为 {gates}：5 张图中有 {sum(gates)} 张计算了这个块，单独的捷径之后没有 ReLU",
     )
 
 
@@ -199,7 +203,8 @@ def test_multiply_adds_fall_with_what_is_executed_and_an_exported_network_gives_
     assert counter.get_total_flops() > sum(alone)
     torch.testing.assert_close(written, output)
     evidence.property(
-        "skipping is real: counted operations are those of executed blocks, alone and in a batch; an exported graph computes all, same outputs"
+        "skipping is real: counted operations are those of executed blocks, alone and in a batch; an exported graph computes all, same outputs",
+        "跳过是真的：无论单张图还是批次，统计到的运算量就是执行块的运算量；导出的图计算全部块，输出相同",
     )
 
 
@@ -224,7 +229,10 @@ def test_pretraining_is_hard_forward_and_soft_backward(evidence):
     (hard,) = torch.autograd.grad((weights * gate).sum(), p)
     (soft,) = torch.autograd.grad((weights * p).sum(), p)
     assert torch.equal(hard, soft)
-    evidence.property("supervised pre-training: rounded gates forward, the soft gate's gradient backward")
+    evidence.property(
+        "supervised pre-training: rounded gates forward, the soft gate's gradient backward",
+        "监督预训练：前向用取整的门，反向用软门的梯度",
+    )
 
 
 def test_decisions_are_drawn_with_their_probability():
@@ -281,7 +289,8 @@ def test_hybrid_loss_by_hand(evidence):
     torch.testing.assert_close(terms["loss"], ce.mean() + 0.01 * policy)
     assert float(terms["executed"]) == pytest.approx(6 / 8)
     evidence.property(
-        "hybrid loss: mean cross-entropy and 0.01 of the summed -log p times rewards to go of alpha / N a skip, less the cross-entropy"
+        "hybrid loss: mean cross-entropy and 0.01 of the summed -log p times rewards to go of alpha / N a skip, less the cross-entropy",
+        "混合损失：平均交叉熵，加上 0.01 乘以 -log p 与回报之积的总和；回报是从该决定起的奖励（每次跳过 alpha / N）减去交叉熵",
     )
 
 
@@ -314,7 +323,7 @@ def test_rewards_shut_gates(evidence):
         optimizer.step()
         shares.append(float(terms["executed"]))
     assert sum(shares[-5:]) / 5 < 0.45 < sum(shares[:3]) / 3
-    evidence.property("with a large alpha, hybrid reinforcement learning shuts the gates")
+    evidence.property("with a large alpha, hybrid reinforcement learning shuts the gates", "alpha 很大时，混合强化学习会把门关上")
 
 
 def test_recipe_is_both_official_scripts_in_a_row():

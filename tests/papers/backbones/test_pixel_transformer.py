@@ -77,7 +77,8 @@ def test_price_of_pixels(evidence):
     attention = [24 * ((32 // p) ** 2 + 1) ** 2 * 768 for p in (1, 2)]
     assert 15.8 < attention[0] / attention[1] < 16
     evidence.property(
-        "multiply-adds in closed form equal the counted ones; Base on 32 x 32 pixels costs 4.6 times as much as with patches of 2"
+        "multiply-adds in closed form equal the counted ones; Base on 32 x 32 pixels costs 4.6 times as much as with patches of 2",
+        "乘加次数的公式与实际计数相等；Base 处理 32 x 32 像素的代价是小块边长为 2 时的 4.6 倍",
     )
 
 
@@ -112,7 +113,10 @@ def test_a_token_is_a_pixel(evidence):
     assert (before != after).any(2)[0].nonzero().flatten().tolist() == [1 + 3 * 8 + 5]
     expected = image[:, :, 3, 5] @ net.patches.weight[:, :, 0, 0].T + net.patches.bias + net.positions[0, 1 + 3 * 8 + 5]
     torch.testing.assert_close(before[:, 1 + 3 * 8 + 5], expected)
-    evidence.property("a token is 3 D + D numbers' linear map of one pixel, plus its own learned position")
+    evidence.property(
+        "a token is 3 D + D numbers' linear map of one pixel, plus its own learned position",
+        "一个 token 是一个像素的线性映射（3 D + D 个数），再加上自己学到的位置编码",
+    )
 
 
 def test_pixels_and_positions_may_be_shuffled_together(evidence):
@@ -129,7 +133,10 @@ def test_pixels_and_positions_may_be_shuffled_together(evidence):
             net.positions[:, 1:] = net.positions[:, 1:][:, order]
             error = relative(net(mixed)["logits"], plain)
             assert error < 1e-5
-    evidence.property(f"exact symmetry: pixels and rows of the position table permuted together give the same logits ({error:.0e})")
+    evidence.property(
+        f"exact symmetry: pixels and rows of the position table permuted together give the same logits ({error:.0e})",
+        f"严格的对称性：像素与位置表的各行按同一排列重排，logits 不变（{error:.0e}）",
+    )
 
 
 def test_swaps_are_a_shuffle_of_the_input(evidence):
@@ -143,7 +150,10 @@ def test_swaps_are_a_shuffle_of_the_input(evidence):
     torch.manual_seed(5)
     other = PixelTransformer(3, 10, 8, config)
     assert torch.equal(net.order, other.order)  # not of the weights' chance: the same for each seed
-    evidence.property("swaps: one fixed permutation of the pixels of every image, kept with the weights")
+    evidence.property(
+        "swaps: one fixed permutation of the pixels of every image, kept with the weights",
+        "交换：对每张图的像素做同一个固定排列，与权重一起保存",
+    )
 
 
 @pytest.mark.parametrize("reach", [1, 3, None])
@@ -163,7 +173,10 @@ def test_shuffle_swaps_pairs_within_reach(evidence, reach):
     ]
     assert max(distances) == reach or (reach is None and max(distances) > 6)
     if reach is None:
-        evidence.property("a swap takes a pixel and another within reach rows and columns; any number of swaps is a permutation")
+        evidence.property(
+            "a swap takes a pixel and another within reach rows and columns; any number of swaps is a permutation",
+            "一次交换取一个像素和相距不超过 reach 行列步数的另一个像素；任意次交换之后仍是一个排列",
+        )
 
 
 def test_positions_are_learned_from_chance():

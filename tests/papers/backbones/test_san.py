@@ -203,7 +203,10 @@ def test_operator_by_loops(evidence, kind, relation):
                 expected[0, c, i, j] = sum(weights[p, group] * linear(op.beta, v)[c] for p, v in enumerate(there))
     error = relative(op(x), expected)
     assert error < 1e-10
-    evidence.property(f"{name} attention, {relation}: by a loop over cells, places and channels in double precision")
+    evidence.property(
+        f"{name} attention, {relation}: by a loop over cells, places and channels in double precision",
+        f"{name} 注意力，{relation}：与双精度下逐格、逐位置、逐通道的循环相等",
+    )
 
 
 def test_aggregation_and_its_gradient(evidence):
@@ -215,7 +218,10 @@ def test_aggregation_and_its_gradient(evidence):
     with torch.enable_grad():
         small = weights[:1, :, :9].requires_grad_(), values[:1].requires_grad_()
         assert torch.autograd.gradcheck(lambda w, v: aggregate(w, v, 3), small)
-    evidence.property("aggregation place by place equals the unfolded sum in double precision; gradients by differences")
+    evidence.property(
+        "aggregation place by place equals the unfolded sum in double precision; gradients by differences",
+        "逐个相对位置的汇集与双精度下展开后求和相等；梯度与差分相等",
+    )
 
 
 def test_aggregation_holds_little(evidence):
@@ -231,7 +237,10 @@ def test_aggregation_holds_little(evidence):
         aggregate(weights, values, 7)
     held = sum(dict(kept).values())
     assert held < weights.nbytes + 3 * values.nbytes
-    evidence.property("for the gradient the aggregation keeps weights and padded values, not patches")
+    evidence.property(
+        "for the gradient the aggregation keeps weights and padded values, not patches",
+        "为求梯度，汇集只保留权重和填充后的值，不保留 patch",
+    )
 
 
 def test_a_map_that_is_too_small_to_be_mirrored_repeats_its_border():
@@ -268,7 +277,10 @@ def test_pairwise_attention_is_of_a_set_and_patchwise_is_not(evidence):
     without_position(pairwise)
     torch.testing.assert_close(centre_of(pairwise, shuffled), centre_of(pairwise, patch), rtol=1e-4, atol=1e-5)
     assert relative(centre_of(patchwise, shuffled), centre_of(patchwise, patch)) > 1e-2
-    evidence.property("pairwise attention without position does not see the order of a footprint; with it, and patchwise attention, do")
+    evidence.property(
+        "pairwise attention without position does not see the order of a footprint; with it, and patchwise attention, do",
+        "去掉位置的 pairwise 注意力看不出邻域内的顺序；带位置的 pairwise 和 patchwise 注意力看得出",
+    )
 
 
 def test_pairwise_attention_does_not_depend_on_the_footprints_size(evidence):
@@ -282,7 +294,10 @@ def test_pairwise_attention_does_not_depend_on_the_footprints_size(evidence):
     torch.testing.assert_close(small(x), small.beta(x), rtol=1e-4, atol=1e-5)
     counts = [sum(p.numel() for p in attention(16, 16, k, Attention(operator="patchwise")).parameters()) for k in (3, 7)]
     assert counts[1] > counts[0]
-    evidence.property("pairwise weights serve 3x3 and 7x7 alike, a convex mean of beta; patchwise parameters grow with the footprint")
+    evidence.property(
+        "pairwise weights serve 3x3 and 7x7 alike, a convex mean of beta; patchwise parameters grow with the footprint",
+        "pairwise 的同一套参数可用于 3x3 和 7x7，结果是 beta 的凸平均；patchwise 的参数随邻域增大",
+    )
 
 
 def test_one_neighbour_speaks_for_another_only_in_patchwise_attention(evidence):
@@ -296,7 +311,10 @@ def test_one_neighbour_speaks_for_another_only_in_patchwise_attention(evidence):
         before, after = (op.weights(v).unflatten(3, (5, 5))[0, :, :, 2, 2] for v in (x, changed))
         ratio = [w[:, 3] / w[:, 20] for w in (before, after)]
         assert bool(relative(*ratio) > 1e-3) == moves, name
-    evidence.property("a neighbour changes the ratio of two other neighbours' weights in patchwise attention, never in pairwise attention")
+    evidence.property(
+        "a neighbour changes the ratio of two other neighbours' weights in patchwise attention, never in pairwise attention",
+        "在 patchwise 注意力中，一个邻居会改变另外两个邻居的权重之比；在 pairwise 注意力中从不会",
+    )
 
 
 def test_patchwise_attention_includes_convolution(evidence):
@@ -312,7 +330,10 @@ def test_patchwise_attention_includes_convolution(evidence):
     assert (op.weights(x) < 0).any()
     pairwise = randomised(attention(8, 16, 3, Attention(operator="pairwise", share=4))).weights(x)
     torch.testing.assert_close(pairwise.sum(2), torch.ones(2, 4, 42))
-    evidence.property("patchwise attention of constant weights is a convolution; pairwise weights are positive and sum to one")
+    evidence.property(
+        "patchwise attention of constant weights is a convolution; pairwise weights are positive and sum to one",
+        "权重恒定的 patchwise 注意力就是卷积；pairwise 的权重为正且和为一",
+    )
 
 
 def test_attention_is_a_vector(evidence):
@@ -321,7 +342,10 @@ def test_attention_is_a_vector(evidence):
     assert weights.shape == (1, 4, 9, 16)
     assert float(weights.std(1).max()) > 1e-2
     assert attention(16, 32, 3, Attention(share=32)).weights(torch.randn(1, 16, 4, 4)).shape[1] == 1
-    evidence.property("weights differ between groups of 8 channels; one group for all is scalar attention")
+    evidence.property(
+        "weights differ between groups of 8 channels; one group for all is scalar attention",
+        "每 8 个通道一组，各组权重不同；所有通道一组就是标量注意力",
+    )
 
 
 def test_coordinates_are_from_minus_one_to_one():
@@ -349,7 +373,10 @@ def test_block_adds_to_its_input(evidence):
     x = torch.randn(2, 64, 8, 8)
     y = F.relu(block.after(block.operator(F.relu(block.norm(x)))))
     torch.testing.assert_close(block(x), x + F.conv2d(y, block.out.weight, block.out.bias))
-    evidence.property("block: norm, ReLU, attention to a quarter of the channels, norm, ReLU, linear, plus the input")
+    evidence.property(
+        "block: norm, ReLU, attention to a quarter of the channels, norm, ReLU, linear, plus the input",
+        "块：归一化、ReLU、注意力（输出四分之一的通道）、归一化、ReLU、线性，再加上输入",
+    )
 
 
 @pytest.mark.parametrize(("name", "side"), [("san10_patchwise", 224), ("small", 32), ("small", 128), ("test", 64)])
@@ -388,7 +415,10 @@ def test_layer_in_other_networks(evidence, name):
         host(image)["logits"].square().sum().backward()
     assert all(p.grad is not None for p in host.parameters())
     torch.testing.assert_close(torch.export.export(host, (image,)).module()(image)["logits"], host(image)["logits"])
-    evidence.property(f"{name}: in place of a ConvNeXt's depthwise convolutions, trains and exports")
+    evidence.property(
+        f"{name}: in place of a ConvNeXt's depthwise convolutions, trains and exports",
+        f"{name}：替换 ConvNeXt 的深度卷积，可以训练和导出",
+    )
 
 
 def test_layer_in_a_resnet_keeps_its_resolutions():

@@ -162,7 +162,10 @@ def test_whole_shift_by_loops(evidence):
     rolled = x[:, :1].roll((-1, -2), (2, 3))
     rolled[:, :, -1:], rolled[:, :, :, -2:] = 0, 0
     torch.testing.assert_close(moved(x[:, :1], torch.tensor([1]), torch.tensor([2])), rolled)
-    evidence.property("whole shifts by a loop over cells, and as a roll filled with zeros, beyond the map too")
+    evidence.property(
+        "whole shifts by a loop over cells, and as a roll filled with zeros, beyond the map too",
+        "整数位移与逐格循环一致，也与补零的 roll 一致，移出特征图时亦然",
+    )
 
 
 def test_real_shift_and_its_gradients_are_grid_samples(evidence):
@@ -179,7 +182,10 @@ def test_real_shift_and_its_gradients_are_grid_samples(evidence):
         lambda *v: Learnable.apply(*v, False, 0.0),
         (x[:1, :4].detach().requires_grad_(), *(v[:4].detach().requires_grad_() for v in (a, b))),
     )
-    evidence.property("real (active) shifts: values and all gradients are grid_sample's in double precision, and those of differences")
+    evidence.property(
+        "real (active) shifts: values and all gradients are grid_sample's in double precision, and those of differences",
+        "实数位移（active）：双精度下值和全部梯度与 grid_sample 相等，也与差分相等",
+    )
 
 
 def test_rounded_forward_real_backward(evidence):
@@ -196,7 +202,10 @@ def test_rounded_forward_real_backward(evidence):
     torch.testing.assert_close((slope_a, slope_b), theirs)
     at_rounded = torch.autograd.grad(sampled(x.detach(), a.round().detach().requires_grad_(), b), b, grad)[0]
     assert relative(slope_b, at_rounded) > 0.1
-    evidence.property("sparse shift: values and input gradient of the rounded displacement, displacement gradient of the real one")
+    evidence.property(
+        "sparse shift: values and input gradient of the rounded displacement, displacement gradient of the real one",
+        "稀疏位移：值和输入的梯度按取整后的位移，位移的梯度按实数位移",
+    )
 
 
 def test_penalty_is_that_of_l1():
@@ -236,7 +245,8 @@ def test_penalty_alone_brings_every_channel_home(evidence):
     assert share_moved(layer) == 0
     torch.testing.assert_close(layer(x), x)
     evidence.property(
-        "the penalty's gradient is lambda times the sign; with nothing against it all displacements go to zero, and zero is the identity"
+        "the penalty's gradient is lambda times the sign; with nothing against it all displacements go to zero, and zero is the identity",
+        "惩罚的梯度是 lambda 乘以符号；没有其他作用时所有位移都回到零，位移为零就是恒等映射",
     )
 
 
@@ -250,7 +260,10 @@ def test_nine_directions_at_the_start(evidence):
     assert list(grouped.parameters()) == []
     x = torch.randn(2, 20, 5, 5)
     torch.testing.assert_close(grouped(x), layer(x))
-    evidence.property("start: nine equal groups, one direction each, what is left over stays; grouped shift keeps that for good")
+    evidence.property(
+        "start: nine equal groups, one direction each, what is left over stays; grouped shift keeps that for good",
+        "初值：九等份，每份一个方向，余下的通道不动；分组位移一直保持这样",
+    )
 
 
 def test_displacements_learn_in_the_first_half():
@@ -287,7 +300,10 @@ def test_settled_network_moves_blocks_of_channels(evidence):
     torch.testing.assert_close(Settled(layer)(small), layer(small))
     still = ShiftLayer(8, Shift())
     assert Settled(still).ways == []
-    evidence.property("copying only the channels that move, in blocks of equal displacement, gives the same network")
+    evidence.property(
+        "copying only the channels that move, in blocks of equal displacement, gives the same network",
+        "只复制移动的通道，位移相同的成块复制，网络的结果不变",
+    )
 
 
 # --- FE-Net (section 4)
@@ -309,7 +325,10 @@ def test_block_feeds_groups_one_after_the_other(evidence, units, stride):
     inner = [u.expand[0].in_channels for u in block.units]
     assert inner == [32 // 2**k for k in range(units)][::-1]
     assert isinstance(block.units[-1].mix, nn.AvgPool2d if stride == 2 else ShiftLayer)
-    evidence.property(f"FE block of {units} units, stride {stride}: groups by hand, the last unit sees all channels and does not add")
+    evidence.property(
+        f"FE block of {units} units, stride {stride}: groups by hand, the last unit sees all channels and does not add",
+        f"FE 块，{units} 个单元，步长 {stride}：各组与手算一致，最后一个单元看到全部通道，不做残差相加",
+    )
 
 
 def test_hidden_width():
@@ -352,7 +371,7 @@ def test_layer_in_other_networks(evidence):
     host.eval()
     with torch.no_grad():
         torch.testing.assert_close(torch.export.export(host, (image,)).module()(image)["logits"], host(image)["logits"])
-    evidence.property("in place of a ConvNeXt's depthwise convolutions: trains and exports")
+    evidence.property("in place of a ConvNeXt's depthwise convolutions: trains and exports", "替换 ConvNeXt 的深度卷积：可以训练和导出")
 
 
 def test_layer_in_a_resnet_keeps_its_resolutions():

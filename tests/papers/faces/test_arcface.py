@@ -96,13 +96,16 @@ def test_combined_margin_is_equation_4(evidence):
             assert abs(float(found[i, k]) - 30 * (math.cos(m1 * theta + m2) - m3)) < 1e-3
         others = F.one_hot(label, rule.CLASSES) == 0
         assert torch.equal(found[others], 30 * cosine[others])
-    evidence.property("the combined margin cos(m1 theta + m2) - m3 moves the true class and no other")
+    evidence.property(
+        "the combined margin cos(m1 theta + m2) - m3 moves the true class and no other",
+        "组合间隔 cos(m1 theta + m2) - m3 只移动真实类别，不动其他类别",
+    )
 
 
 def test_no_margin_is_the_normalised_softmax(evidence):
     cosine, label = rule.cosines()
     torch.testing.assert_close(margin_logits(cosine, label, scale=16.0, m2=0.0), 16.0 * cosine)
-    evidence.property("with m1 = 1, m2 = m3 = 0 the logits are s times the cosines")
+    evidence.property("with m1 = 1, m2 = m3 = 0 the logits are s times the cosines", "m1 = 1、m2 = m3 = 0 时，logits 等于 s 乘以余弦")
 
 
 def test_the_target_falls_with_the_angle(evidence):
@@ -111,7 +114,7 @@ def test_the_target_falls_with_the_angle(evidence):
     target = margin_logits(theta.cos()[:, None], torch.zeros(500, dtype=torch.long), scale=1.0)[:, 0]
     assert (target.diff() < 1e-6).all() and target.isfinite().all()
     assert target[0] < 1 - 0.1 and abs(float(target[0]) - math.cos(0.5)) < 2e-3
-    evidence.property("the target logit falls from theta = 0 to pi")
+    evidence.property("the target logit falls from theta = 0 to pi", "目标 logit 从 theta = 0 到 pi 单调下降")
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0, 1.0 - 1e-8, 1.0000001])
@@ -121,7 +124,7 @@ def test_gradients_are_finite_at_the_poles(value, evidence):
         logits = margin_logits(cosine, torch.tensor([0, 2]), scale=64.0, **margins)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([0, 2])), cosine)
         assert logits.isfinite().all() and gradient.isfinite().all()
-    evidence.property(f"logits and gradients are finite at cosine {value}")
+    evidence.property(f"logits and gradients are finite at cosine {value}", f"余弦为 {value} 时，logits 和梯度都有限")
 
 
 def test_unknown_labels_do_not_count():

@@ -70,7 +70,7 @@ def test_code_is_linear(evidence):
         first = net.decoder[0]
         torch.testing.assert_close(net.decode(code), decoded(net, first(code)))
     assert codes.min() < 0
-    evidence.property("the code layer has no non-linearity on either side")
+    evidence.property("the code layer has no non-linearity on either side", "编码层两侧都没有非线性")
 
 
 def decoded(net: Autoencoder, x: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,10 @@ def test_free_energy_is_minus_log_of_the_sum_over_hidden_states(evidence):
     h = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
     integral = torch.trapezoid((-(h**2) / 2 + one.double() * h).exp(), h) / (2 * torch.pi) ** 0.5
     torch.testing.assert_close(free_energy(v, b, one, gaussian=True), (-(v @ b).double() - integral.log()).float())
-    evidence.property("free energy: minus the logarithm of the sum (code layer: integral) over all hidden states")
+    evidence.property(
+        "free energy: minus the logarithm of the sum (code layer: integral) over all hidden states",
+        "自由能：对全部隐状态求和（编码层为积分），取对数的负值",
+    )
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -124,7 +127,10 @@ def test_gradient_is_contrastive_divergence(evidence, layer):
         torch.testing.assert_close(down.bias.grad, -(v0 - v1).mean(0))
     own = {id(up.weight), id(up.bias), id(down.bias)}
     assert all((p.grad is not None) == (id(p) in own) for p in net.parameters())
-    evidence.property(f"layer {layer + 1}: the gradient is <v h> of the reconstruction less that of the data, and no other layer learns")
+    evidence.property(
+        f"layer {layer + 1}: the gradient is <v h> of the reconstruction less that of the data, and no other layer learns",
+        f"第 {layer + 1} 层：梯度等于重建的 <v h> 减去数据的 <v h>，其他层不学习",
+    )
 
 
 def test_layers_take_turns_and_are_unrolled(evidence):
@@ -149,7 +155,10 @@ def test_layers_take_turns_and_are_unrolled(evidence):
     assert learnt == [*alone, [True] * 3]
     net(image)
     assert not torch.equal(net.decoder[0].weight, net.encoder[-1].weight.T), "fine-tuning unties the weights"
-    evidence.property("layers are pre-trained one after another; the decoder starts as their transposes and is then free")
+    evidence.property(
+        "layers are pre-trained one after another; the decoder starts as their transposes and is then free",
+        "各层依次预训练；解码器以编码器各层的转置开始，之后各自更新",
+    )
 
 
 def test_pretraining_starts_fine_tuning_lower(evidence):
@@ -167,7 +176,10 @@ def test_pretraining_starts_fine_tuning_lower(evidence):
             optimizer.step()
         losses[pretrain].append(terms["cross_entropy"].item())
     assert np.mean(losses[60]) < 0.8 * np.mean(losses[0])
-    evidence.property("after ten steps of fine-tuning a pre-trained stack is ahead of one from random weights")
+    evidence.property(
+        "after ten steps of fine-tuning a pre-trained stack is ahead of one from random weights",
+        "微调十步之后，预训练过的网络优于从随机权重出发的网络",
+    )
 
 
 # --- PCA
@@ -195,7 +207,10 @@ def test_linear_autoencoder_spans_the_principal_subspace(evidence):
     angle = float(subspace_angles(net.decoder[0].weight.detach().numpy(), directions[:3].T).max())
     assert angle < 1e-2
     assert closure().item() == pytest.approx((values[3:] ** 2).sum() / len(data), rel=1e-4)
-    evidence.property("without hidden layers and with squared error it is PCA: equal subspace and equal error")
+    evidence.property(
+        "without hidden layers and with squared error it is PCA: equal subspace and equal error",
+        "没有隐层、用平方误差时就是 PCA：子空间相同，误差相同",
+    )
 
 
 def test_loss_is_summed_over_pixels():

@@ -97,7 +97,10 @@ def test_layers_equal_a_second_spelling(evidence):
         expected = spelled()
         net.decoder[1][0].conv3.weight *= 1.05
         assert relative(net(image)["mean"], expected) > TOLERANCE
-    evidence.property("encoder, nearest vector by brute force and decoder equal a second spelling of the Sonnet notebook's layers")
+    evidence.property(
+        "encoder, nearest vector by brute force and decoder equal a second spelling of the Sonnet notebook's layers",
+        "编码器、暴力查找的最近向量和解码器，与 Sonnet 笔记本各层的另一份写法一致",
+    )
 
 
 # --- Quantiser
@@ -131,7 +134,10 @@ def test_gradient_goes_straight_through(evidence):
     z_gradient, e_gradient = torch.autograd.grad(z_q, [z, quantizer.e], upstream, allow_unused=True)
     assert torch.equal(z_gradient, upstream)
     assert e_gradient is None, "the reconstruction must not move the codebook"
-    evidence.property("straight-through: the encoder gets the decoder's gradient unchanged, the codebook none of it")
+    evidence.property(
+        "straight-through: the encoder gets the decoder's gradient unchanged, the codebook none of it",
+        "直通：编码器原样得到解码器的梯度，码本一点也得不到",
+    )
 
 
 def test_moving_average_without_memory_is_a_step_of_k_means(evidence):
@@ -144,7 +150,10 @@ def test_moving_average_without_memory_is_a_step_of_k_means(evidence):
     means = torch.stack([flat[index == k].mean(0) for k in range(4)])
     quantizer.train()(z)
     torch.testing.assert_close(quantizer.e.detach(), means, rtol=1e-4, atol=1e-4)
-    evidence.property("moving averages with gamma = 0: each vector becomes the mean of what chose it (k-means)")
+    evidence.property(
+        "moving averages with gamma = 0: each vector becomes the mean of what chose it (k-means)",
+        "gamma = 0 的滑动平均：每个向量成为选中它的输出的均值（k-means）",
+    )
 
 
 def test_vectors_that_nobody_chooses_stay(evidence):
@@ -157,7 +166,7 @@ def test_vectors_that_nobody_chooses_stay(evidence):
         assert (index > 0).all()
     torch.testing.assert_close(quantizer.e[0], torch.full((5,), 100.0), rtol=1e-2, atol=0)
     assert quantizer.count[0] < 0.05
-    evidence.property("unused vectors keep their place under the moving averages")
+    evidence.property("unused vectors keep their place under the moving averages", "滑动平均下，没用到的向量留在原处")
 
 
 def test_codebook_starts_at_encoder_outputs_and_evaluation_moves_nothing():
@@ -197,10 +206,16 @@ def test_each_term_moves_what_it_should(evidence, codebook):
         difference = 2 * (e - z).detach().movedim(1, -1).reshape(-1, 5) / e.numel()
         pull.index_add_(0, output["index"].flatten(), difference)
         torch.testing.assert_close(gradient["quantizer.e"], pull)
-        evidence.property("the codebook's gradient is the pull to what chose it, and nothing else")
+        evidence.property(
+            "the codebook's gradient is the pull to what chose it, and nothing else",
+            "码本的梯度就是把它拉向选中它的输出，此外什么也没有",
+        )
     parts = torch.autograd.grad(terms["prior_nats"], [net.encoder[0].weight], allow_unused=True)
     assert parts == (None,), "the prior must not move the encoder"
-    evidence.property(f"the loss is eq. 3 and the prior's cross-entropy, which moves the prior only ({codebook})")
+    evidence.property(
+        f"the loss is eq. 3 and the prior's cross-entropy, which moves the prior only ({codebook})",
+        f"损失是式 3 加先验的交叉熵，后者只动先验（{codebook}）",
+    )
 
 
 def test_perplexity():
@@ -223,7 +238,7 @@ def test_prior_sees_only_what_was_drawn_before(evidence):
         seen[place] = gradient[0].abs().sum(0).flatten()
     assert torch.equal(seen, seen.tril(-1)), "a position sees itself or what comes after it"
     assert (seen[12] > 0).sum() == 12, "the middle position sees all before it"
-    evidence.property("PixelCNN: a position depends on the earlier ones and on nothing else")
+    evidence.property("PixelCNN: a position depends on the earlier ones and on nothing else", "PixelCNN：一个位置只依赖在它之前的位置")
 
 
 def test_masks_are_a_and_b():
@@ -250,7 +265,10 @@ def test_prior_sums_to_one_and_samples_follow_it(evidence):
     spread = (p * n * (1 - p)).sqrt()
     assert ((counts - n * p).abs() / (spread + 1)).max() < 4
     assert p.max() > 5 * p.median()
-    evidence.property("the prior's probabilities of all maps sum to one, and samples have these frequencies")
+    evidence.property(
+        "the prior's probabilities of all maps sum to one, and samples have these frequencies",
+        "先验给所有索引图的概率之和为一，样本以这些频率出现",
+    )
 
 
 def test_samples_are_images_and_follow_the_generator():

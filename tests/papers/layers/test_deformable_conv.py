@@ -213,7 +213,10 @@ def test_equation_2_by_a_loop(evidence):
                 value = map_coordinates(F.pad(x[0, d], (9,) * 4).numpy(), [[a[0] + 9] for a in at], order=1)[0]
                 expected[:, i, j] += base.weight[:, d, n // 3, n % 3] * value
     torch.testing.assert_close(found, expected + base.bias[:, None, None])
-    evidence.property("eq. 2 with stride, dilation and two groups by a loop over cells, places and channels; scipy interpolates")
+    evidence.property(
+        "eq. 2 with stride, dilation and two groups by a loop over cells, places and channels; scipy interpolates",
+        "公式 (2)，含步长、空洞和两组偏移：与逐格、逐采样点、逐通道的循环一致，插值用 scipy",
+    )
 
 
 def test_offsets_get_gradients_by_finite_differences(evidence):
@@ -222,7 +225,10 @@ def test_offsets_get_gradients_by_finite_differences(evidence):
     offsets = (torch.rand(1, 18, 5, 5, dtype=torch.float64) * 0.8 + 0.1) * (torch.randint(0, 2, (1, 18, 5, 5)) * 2 - 1)  # off the cells
     with torch.enable_grad():
         assert torch.autograd.gradcheck(lambda x, o: sampled(x, places(base, o)), (x.requires_grad_(), offsets.requires_grad_()))
-    evidence.property("gradients of the input and of the offsets equal finite differences in double precision")
+    evidence.property(
+        "gradients of the input and of the offsets equal finite differences in double precision",
+        "双精度下，输入与偏移的梯度与有限差分相等",
+    )
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -247,7 +253,10 @@ def test_dilation_and_active_convolution_are_special_cases(evidence):
     active.offset["shared"].normal_()
     layer.offset.bias.copy_(active.offset["shared"])
     torch.testing.assert_close(active(x), layer(x))
-    evidence.property("dilated convolution and active convolution are deformable convolutions whose offsets are constant")
+    evidence.property(
+        "dilated convolution and active convolution are deformable convolutions whose offsets are constant",
+        "空洞卷积和主动卷积就是偏移恒定的可变形卷积",
+    )
 
 
 def test_offsets_follow_the_input_only_where_they_should(evidence):
@@ -262,7 +271,10 @@ def test_offsets_follow_the_input_only_where_they_should(evidence):
     assert torch.equal(active.offsets(x), active.offsets(other))
     affine.localise[2].weight.normal_(0, 0.02)
     assert (affine(x) != affine(other))[..., :3].any()  # one map for the whole image
-    evidence.property("offsets: local and from the input (deformable), constant (active), global and from the input (affine)")
+    evidence.property(
+        "offsets: local and from the input (deformable), constant (active), global and from the input (affine)",
+        "偏移：局部且取决于输入（可变形），恒定（主动），全局且取决于输入（仿射）",
+    )
 
 
 def test_spatial_transformer_warps_as_a_whole(evidence):
@@ -270,7 +282,10 @@ def test_spatial_transformer_warps_as_a_whole(evidence):
     torch.testing.assert_close(layer(x), layer.conv(x), rtol=1e-4, atol=1e-4)
     layer.localise[2].bias.copy_(torch.tensor([0.0, -1, 0, 1, 0, 0]))  # a quarter turn
     torch.testing.assert_close(layer(x), layer.conv(x.rot90(1, (2, 3))), rtol=1e-4, atol=1e-4)
-    evidence.property("affine layer: the identity at first; a quarter turn of the map is torch.rot90")
+    evidence.property(
+        "affine layer: the identity at first; a quarter turn of the map is torch.rot90",
+        "仿射层：起初是恒等映射；把特征图转四分之一圈就是 torch.rot90",
+    )
 
 
 def test_dynamic_filters_change_weights_at_fixed_places(evidence):
@@ -281,7 +296,10 @@ def test_dynamic_filters_change_weights_at_fixed_places(evidence):
     weights = base.weight * factors[0, :, i, j].view(3, 3)
     expected = (weights * x[0, :, i - 1 : i + 2, j - 1 : j + 2]).sum((1, 2, 3)) + base.bias
     torch.testing.assert_close(layer(x)[0, :, i, j], expected, rtol=1e-4, atol=1e-5)
-    evidence.property("dynamic filters: a cell's own factor for each of the nine weights; by hand at one cell")
+    evidence.property(
+        "dynamic filters: a cell's own factor for each of the nine weights; by hand at one cell",
+        "动态滤波器：每个格子对九个权重各有自己的系数；在一个格子上手算核对",
+    )
 
 
 def test_box_offsets_are_relative_to_the_box(evidence):
@@ -296,7 +314,7 @@ def test_box_offsets_are_relative_to_the_box(evidence):
     offsets[:, :, 0, 2, 3] = 0
     still = (roi_pool(ramp, box, offsets) == roi_pool(ramp, box))[0, 0]
     assert still.nonzero().tolist() == [[2, 3]]
-    evidence.property("RoI offsets: 0.1 of the box's width a unit, each bin on its own")
+    evidence.property("RoI offsets: 0.1 of the box's width a unit, each bin on its own", "RoI 偏移：一个单位是框宽的 0.1，各小格互不影响")
 
 
 def test_deformable_pooling_modules(evidence):
@@ -313,7 +331,10 @@ def test_deformable_pooling_modules(evidence):
         for module in (plain, sensitive):
             module(features, boxes).square().sum().backward()
             assert all(p.grad is not None and p.grad.any() for p in module.offset.parameters())
-    evidence.property("RoI modules: ordinary pooling at first; each class moves its own bins; gradients reach the offsets' layers")
+    evidence.property(
+        "RoI modules: ordinary pooling at first; each class moves its own bins; gradients reach the offsets' layers",
+        "RoI 模块：起初就是普通池化；每个类别移动自己的小格；梯度能传到偏移层",
+    )
 
 
 # --- What the paper looks at
@@ -328,7 +349,10 @@ def test_sampling_places_through_three_layers(evidence):
     last.offset.bias.copy_(torch.tensor([3.0, 0] * 9))
     shifted = sampling_places(net, torch.randn(1, 3, 32, 32), (4, 4), levels=1)
     torch.testing.assert_close(shifted.mean(0), torch.tensor([7.0, 4.0]))
-    evidence.property("sampling places: 729 through three layers, a regular grid at zero offsets, moved by the offsets")
+    evidence.property(
+        "sampling places: 729 through three layers, a regular grid at zero offsets, moved by the offsets",
+        "采样点：追溯三层共 729 个；偏移为零时是规则网格，随偏移而移动",
+    )
 
 
 def test_effective_dilation_counts_neighbours():
@@ -357,7 +381,10 @@ def test_receptive_field_is_measured(evidence):
         after = receptive_field(layer, image)
     assert (before > 0).sum() == 25
     assert radius(after) > 1.5 * radius(before)
-    evidence.property("effective receptive field by gradients: 5x5 for two regular layers, wider with outward offsets")
+    evidence.property(
+        "effective receptive field by gradients: 5x5 for two regular layers, wider with outward offsets",
+        "用梯度测得的有效感受野：两个普通层为 5x5，偏移向外时更大",
+    )
 
 
 # --- In other networks
@@ -376,7 +403,10 @@ def test_layer_in_a_convnext(evidence, name):
     with torch.enable_grad():
         host(image)["logits"].square().sum().backward()
     assert all(p.grad is not None for p in host.parameters())
-    evidence.property(f"{name}: in a ConvNeXt the last three depthwise convolutions, at first without a change of the outputs")
+    evidence.property(
+        f"{name}: in a ConvNeXt the last three depthwise convolutions, at first without a change of the outputs",
+        f"{name}：替换 ConvNeXt 最后三个深度卷积，起初输出不变",
+    )
 
 
 def test_which_convolutions_fit():

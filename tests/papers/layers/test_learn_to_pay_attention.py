@@ -128,7 +128,10 @@ def test_compatibility_by_hand(evidence, function, globe):
     weights, expected = by_hand(block, local, g)
     torch.testing.assert_close(block.weights(local.flatten(2), g)[:, 0], weights)
     torch.testing.assert_close(block(local, g), expected)
-    evidence.property(f"{function} compatibility: softmax over positions, convex combination of the unchanged local features, by a loop")
+    evidence.property(
+        f"{function} compatibility: softmax over positions, convex combination of the unchanged local features, by a loop",
+        f"{function} 兼容度：与循环一致，在位置上做 softmax，对原始局部特征取凸组合",
+    )
 
 
 def test_parametrised_maps_do_not_depend_on_g_and_those_of_the_dot_product_do(evidence):
@@ -142,7 +145,10 @@ def test_parametrised_maps_do_not_depend_on_g_and_those_of_the_dot_product_do(ev
         for m in own:
             torch.testing.assert_close(m.sum((1, 2)), torch.ones(2))
         assert any(relative(a, b) > 1e-3 for a, b in zip(own, exchanged)) == moves
-    evidence.property("exchanging g between images moves dot-product maps and leaves parametrised ones as they are")
+    evidence.property(
+        "exchanging g between images moves dot-product maps and leaves parametrised ones as they are",
+        "在图像之间交换 g：点积的图会变，参数化的图不变",
+    )
 
 
 @torch.enable_grad()
@@ -153,7 +159,10 @@ def test_no_gradient_reaches_g_through_a_parametrised_map(evidence):
         steps = [float(p.grad.abs().max()) for name, p in net.named_parameters() if name.startswith("describe")]
         body = max(float(p.grad.abs().max()) for name, p in net.named_parameters() if name.startswith("body"))
         assert (max(steps) > 1e-5 * body) == learns
-    evidence.property("with the parametrised compatibility what computes g gets no gradient; with the dot product it does")
+    evidence.property(
+        "with the parametrised compatibility what computes g gets no gradient; with the dot product it does",
+        "用参数化兼容度时，计算 g 的层得不到梯度；用点积时得到",
+    )
 
 
 def test_the_classifier_sees_attended_vectors_and_not_g(evidence):
@@ -164,7 +173,10 @@ def test_the_classifier_sees_attended_vectors_and_not_g(evidence):
     torch.testing.assert_close(net.embed(image), torch.cat(vectors, 1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net(image)["logits"], net.head.classifiers[0](torch.cat(vectors, 1)), rtol=1e-4, atol=1e-5)
     assert net.head.classifiers[0].in_features == sum(local.shape[1] for local in maps) == net.embedding
-    evidence.property("concat: one linear classifier of BN-ReLU of each attended vector; g is not among them")
+    evidence.property(
+        "concat: one linear classifier of BN-ReLU of each attended vector; g is not among them",
+        "concat：各加权向量经 BN-ReLU 后用一个线性分类器；其中没有 g",
+    )
 
 
 def test_indep_averages_the_levels_probabilities(evidence):
@@ -173,7 +185,7 @@ def test_indep_averages_the_levels_probabilities(evidence):
     maps, g = [torch.randn(3, 4, 5, 5), torch.randn(3, 6, 3, 3)], torch.randn(3, 6)
     each = [classify(vector).softmax(1) for classify, vector in zip(head.classifiers, head.vectors(maps, g))]
     torch.testing.assert_close(head(maps, g).softmax(1), (each[0] + each[1]) / 2)
-    evidence.property("indep: probabilities of the levels' classifiers are averaged")
+    evidence.property("indep: probabilities of the levels' classifiers are averaged", "indep：各层次分类器的概率取平均")
 
 
 def test_equal_scores_are_average_pooling(evidence):
@@ -181,7 +193,7 @@ def test_equal_scores_are_average_pooling(evidence):
     block.u.weight.zero_()
     local = torch.randn(2, 6, 4, 4)
     torch.testing.assert_close(block(local, torch.randn(2, 6)), local.mean((2, 3)))
-    evidence.property("uniform scores equal average pooling")
+    evidence.property("uniform scores equal average pooling", "分数都相同时就是平均池化")
 
 
 def test_dropouts_are_the_authors():
@@ -218,7 +230,10 @@ def test_head_on_other_backbones(evidence, host, count):
     assert isinstance(inner.head, nn.Identity)
     if host == "convnext":
         torch.testing.assert_close(torch.export.export(net, (image,)).module()(image)["logits"], net(image)["logits"])
-    evidence.property(f"an attending head on a {host}: {count} maps, the old classifier gone")
+    evidence.property(
+        f"an attending head on a {host}: {count} maps, the old classifier gone",
+        f"{host} 上的注意力头：{count} 张图，原来的分类器已去掉",
+    )
 
 
 def test_hosts_that_do_not_fit_say_so():

@@ -129,7 +129,10 @@ def test_loss_of_levels_equals_the_official_one(evidence):
     for i, (side, known) in enumerate(zip((8, 4, 3, 2, 1), FIXTURE["hcl"], strict=True)):
         level = draw(f"level {i}", (2, 3, side, side))
         assert float(hcl(level, draw(f"other {i}", tuple(level.shape)))) == pytest.approx(known, rel=1e-6)
-    evidence.property("HCL equals the official one for maps of 8, 4, 3, 2 and 1 pixels, so the scales that a map has are chosen alike")
+    evidence.property(
+        "HCL equals the official one for maps of 8, 4, 3, 2 and 1 pixels, so the scales that a map has are chosen alike",
+        "边长 8、4、3、2、1 像素的图上 HCL 都与官方一致，所以每张图用到的尺度也选得相同",
+    )
 
 
 def test_loss_of_levels_by_hand(evidence):
@@ -146,7 +149,8 @@ def test_loss_of_levels_by_hand(evidence):
     left[..., :4] = 1
     assert float(hcl(left, left.flip(-1))) > 0.5, "equal means, other layout"
     evidence.property(
-        "HCL is zero for equal maps, sees the layout of maps with equal means, and weighs its scales 1, 1/2, 1/4, 1/8 over their sum"
+        "HCL is zero for equal maps, sees the layout of maps with equal means, and weighs its scales 1, 1/2, 1/4, 1/8 over their sum",
+        "相同的图 HCL 为零，均值相同时看得出布局不同；各尺度权重 1、1/2、1/4、1/8，除以权重之和",
     )
 
 
@@ -185,7 +189,8 @@ def test_shallow_levels_of_the_teacher_teach_deep_levels_of_the_student(evidence
     assert influence(review=True) == [[j >= i for j in range(levels)] for i in range(levels)]
     assert influence(review=False) == [[j == i for j in range(levels)] for i in range(levels)]
     evidence.property(
-        "a level that is compared depends on the student's maps of that level and all deeper ones; on its own alone where review is off"
+        "a level that is compared depends on the student's maps of that level and all deeper ones; on its own alone where review is off",
+        "每一处比较取决于学生该层及所有更深层的特征图；关掉回顾时只取决于该层自己",
     )
 
 
@@ -209,7 +214,8 @@ def test_fusion_weighs_each_place(evidence):
         small, handed = abf(x, deeper, torch.Size((3, 3)))
     assert small.shape == (2, 5, 3, 3) and torch.equal(handed, passed[:, :, ::2, ::2])
     evidence.property(
-        "ABF is the sum of two maps under weights that differ from place to place; where the teacher's map is smaller, the resized one is passed on"
+        "ABF is the sum of two maps under weights that differ from place to place; where the teacher's map is smaller, the resized one is passed on",
+        "ABF 是两张图之和，权重因位置而异；教师的图更小时，传上去的是缩放后的图",
     )
 
 
@@ -226,7 +232,7 @@ def test_warm_up(evidence):
     again = ReviewKD(spec(), replace(TEST, warmup=4)).train()
     again.load_state_dict(model.state_dict())
     assert float(again(image)["warm"]) == 1, "a resumed training would warm up again"
-    evidence.property("lambda rises from 0 with the steps and survives saving")
+    evidence.property("lambda rises from 0 with the steps and survives saving", "lambda 随步数从 0 上升，保存再加载后保持不变")
 
 
 def test_the_teacher_is_frozen_and_not_saved(evidence):
@@ -244,7 +250,10 @@ def test_the_teacher_is_frozen_and_not_saved(evidence):
     assert all(torch.equal(first[k], second[k]) for k in first if k.startswith("teacher_"))
     assert not torch.equal(first["student_0"], second["student_0"])
     assert not any("teacher" in name for name in model.state_dict()) and len(model.state_dict()) == len(ReviewKD(spec(), TEST).state_dict())
-    evidence.property("the teacher does not change while the student learns, and is no part of what is saved")
+    evidence.property(
+        "the teacher does not change while the student learns, and is no part of what is saved",
+        "学生学习时教师不变，也不在保存的内容之中",
+    )
 
 
 def test_only_the_student_answers():

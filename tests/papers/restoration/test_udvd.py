@@ -139,7 +139,8 @@ def test_blind_spot_is_exact_everywhere(evidence, size):
         near = gradient[2, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
         assert (near != 0).sum() == near.numel() - 1
     evidence.property(
-        f"the mean at a pixel has zero gradient by that pixel, in all five frames, and not by its neighbours ({height}x{width}, also at borders)"
+        f"the mean at a pixel has zero gradient by that pixel, in all five frames, and not by its neighbours ({height}x{width}, also at borders)",
+        f"某个像素的均值对该像素的梯度为零，五帧都是；对其邻居则不为零（{height}x{width}，包括边界）",
     )
 
 
@@ -154,7 +155,10 @@ def test_posterior_sees_the_pixel_and_the_control_does_too(evidence):
     assert touched(small(), (24, 24), (11, 12), key="restored")[2, 11, 12] > 0
     gradient = touched(small(Config(width=6, blind=False)), (24, 24), (11, 12))
     assert (gradient[:, 11, 12] > 0).all()
-    evidence.property("without the blind spot the pixel is seen in all frames; with it, Bayes' rule alone brings the noisy pixel in")
+    evidence.property(
+        "without the blind spot the pixel is seen in all frames; with it, Bayes' rule alone brings the noisy pixel in",
+        "不带盲点时，五帧里都看得到该像素；带盲点时，只有贝叶斯公式把含噪像素放回来",
+    )
 
 
 def test_without_the_last_shift_the_network_sees_itself(monkeypatch):
@@ -188,7 +192,7 @@ def test_bias_free_network_scales(evidence):
     with torch.inference_mode():
         torch.testing.assert_close(network(3 * image)["mean"], 3 * network(image)["mean"])
     assert not any("bias" in name for name, _ in network.named_parameters())
-    evidence.property("no bias anywhere: the mean scales with the film")
+    evidence.property("no bias anywhere: the mean scales with the film", "处处没有偏置：均值随视频等比缩放")
 
 
 # --- Bayes' rule
@@ -213,7 +217,10 @@ def test_posterior_is_that_of_the_paper(evidence, channels):
                 right = precision @ mean[b, :, y, x] + weight * noisy[b, :, y, x]
                 expected[b, :, y, x] = torch.linalg.solve(precision + weight * torch.eye(channels), right)
     torch.testing.assert_close(posterior(mean, triangle, noisy, sigma), expected, rtol=1e-5, atol=1e-6)
-    evidence.property(f"the posterior mean equals the paper's formula with three inverses, {channels} channels")
+    evidence.property(
+        f"the posterior mean equals the paper's formula with three inverses, {channels} channels",
+        f"后验均值与论文中含三次求逆的公式相等，{channels} 个通道",
+    )
 
 
 def test_posterior_trusts_whom_it_should():
@@ -265,7 +272,10 @@ def test_a_clean_mean_minimises_the_expected_loss(evidence):
 
     best = value(0.5, 0.0)
     assert best < min(value(m, s) for m, s in [(0.45, 0.0), (0.55, 0.0), (0.5, 0.1), (0.4, 0.1)])
-    evidence.property("the likelihood of the noisy pixel is largest at the clean value and no spread beyond the noise")
+    evidence.property(
+        "the likelihood of the noisy pixel is largest at the clean value and no spread beyond the noise",
+        "含噪像素的似然在均值为干净值、除噪声外没有离散时最大",
+    )
 
 
 def test_recipes_and_variants():

@@ -203,7 +203,10 @@ def test_attention_by_brute_force(evidence):
         x, query = torch.randn(2, 1, *size, 4).double()
         given = (x, query) if kind == "asked" else (x,)
         torch.testing.assert_close(attention(*given), brute(attention, *given), rtol=0, atol=1e-12)
-    evidence.property("LV-MSA, SLV-MSA and skip attention equal attention written out token by token, also where windows are filled up")
+    evidence.property(
+        "LV-MSA, SLV-MSA and skip attention equal attention written out token by token, also where windows are filled up",
+        "LV-MSA、SLV-MSA 和跳连注意力与逐 token 写开的注意力相等，包括窗口需要补齐的情形",
+    )
 
 
 def test_the_global_window_sees_all_and_the_local_one_does_not(network, evidence):
@@ -215,7 +218,10 @@ def test_the_global_window_sees_all_and_the_local_one_does_not(network, evidence
     VolumeAttention(4, 1, (2, 2, 2), shifted=True)(x)[0, 1, 1, 1].sum().backward()
     seen = (x.grad.abs().sum(-1) > 0)[0].nonzero().tolist()
     assert seen == [list(t) for t in itertools.product((1, 2), repeat=3)]
-    evidence.property("one window holds the whole map where attention is global; shifted windows lie half a window further")
+    evidence.property(
+        "one window holds the whole map where attention is global; shifted windows lie half a window further",
+        "全局注意力时一个窗口容纳整张图；错开的窗口移了半个窗口",
+    )
 
 
 def test_skips_answer_and_do_not_ask(evidence):
@@ -233,7 +239,8 @@ def test_skips_answer_and_do_not_ask(evidence):
     x = skip + up
     torch.testing.assert_close(block(skip, up), x + block.mlp(block.norm2(x)))
     evidence.property(
-        "skip attention: queries of the decoder as they are, keys and values of the encoder, one norm, the plain sum is the residual"
+        "skip attention: queries of the decoder as they are, keys and values of the encoder, one norm, the plain sum is the residual",
+        "跳连注意力：查询就是解码特征本身，键和值来自编码特征，两者共用一个归一化，残差是直接相加的和",
     )
 
 
@@ -267,7 +274,10 @@ def test_deep_supervision_weighs_each_coarser_answer_half(evidence):
     batch["mask"][0] = 255
     assert torch.isfinite(supervised(output, batch)["loss"])
     assert loss(VARIANTS["synapse"]) is supervised and loss(VARIANTS["acdc"]) is Segmentation.loss
-    evidence.property("deep supervision: 4/7, 2/7 and 1/7 of the losses at full, half and quarter scale")
+    evidence.property(
+        "deep supervision: 4/7, 2/7 and 1/7 of the losses at full, half and quarter scale",
+        "深监督：原尺度、二分之一、四分之一尺度的损失权重为 4/7、2/7、1/7",
+    )
 
 
 def test_any_size_of_the_grid(network):

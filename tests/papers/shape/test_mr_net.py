@@ -74,7 +74,10 @@ def test_parameter_counts(evidence):
     per_block = [sum(isinstance(m, GraphConvolution) for m in block.modules()) for block in net.blocks]
     assert per_block == [14, 15, 16]
     assert net.blocks[0].first[0].own.in_features == 963 and net.blocks[1].first[0].own.in_features == 963 + 256
-    evidence.property("29,431,429 parameters: CNN, three blocks of 14, 15 and 16 graph convolutions, point branch, each as in the release")
+    evidence.property(
+        "29,431,429 parameters: CNN, three blocks of 14, 15 and 16 graph convolutions, point branch, each as in the release",
+        "29,431,429 个参数：CNN、分别有 14、15、16 层图卷积的三块、点分支，各部分与发布代码一致",
+    )
 
 
 def test_graph_convolution_is_two_dense_products(evidence):
@@ -125,7 +128,10 @@ def test_block_in_the_release_s_numbering(evidence):
         for number, index in enumerate((15, 31, 48)):
             error = relative(out["blocks"][:, number].transpose(1, 2), kept[index])
             assert error < 1e-5
-    evidence.property("skips, concatenations and outputs where the release's list of 48 layers has them")
+    evidence.property(
+        "skips, concatenations and outputs where the release's list of 48 layers has them",
+        "跳连、拼接和输出的位置与发布代码的 48 层列表一致",
+    )
 
 
 def test_convolutions_pad_as_tensorflow_does(evidence):
@@ -168,7 +174,10 @@ def test_reading_is_bilinear_in_two_axes_and_the_next_cell_in_the_third(evidence
     read_at(volume, moved, 16).sum().backward()
     assert moved.grad is not None and moved.grad[..., :2].any() and not moved.grad[..., 2].any()
     evidence.fidelity(against=f"scipy {scipy.__version__} map_coordinates: features at vertices", error=error)
-    evidence.property("features at whole-numbered places are the cell's own; no gradient goes through the third axis")
+    evidence.property(
+        "features at whole-numbered places are the cell's own; no gradient goes through the third axis",
+        "整数处的特征就是该格自己的；第三轴没有梯度",
+    )
 
 
 def test_volumes_of_points(evidence):
@@ -178,7 +187,10 @@ def test_volumes_of_points(evidence):
     features = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [5.0, 5.0]]])
     mean = mean_in_cells(points, features, 4)
     assert mean[0, :, 2, 2, 2].tolist() == [2, 4] and mean[0, :, 3, 0, 3].tolist() == [5, 5] and mean.sum() == 16
-    evidence.property("points are voxelised as in the release, axes y, x, z, what lies outside at the border")
+    evidence.property(
+        "points are voxelised as in the release, axes y, x, z, what lies outside at the border",
+        "点的体素化与发布代码一致：轴序 y、x、z，体积外的点归到边界",
+    )
 
 
 def test_farthest_points_by_brute_force(evidence):
@@ -190,7 +202,7 @@ def test_farthest_points_by_brute_force(evidence):
             apart = torch.cdist(one, one[taken]).amin(1)
             taken.append(int(apart.argmax()))
         assert found.tolist() == taken
-    evidence.property("farthest point sampling from the first point on: equals brute force")
+    evidence.property("farthest point sampling from the first point on: equals brute force", "从第一个点开始的最远点采样：与暴力法相同")
 
 
 def test_neighbourhoods_are_the_first_within_the_radius(evidence):
@@ -200,7 +212,10 @@ def test_neighbourhoods_are_the_first_within_the_radius(evidence):
     for centre, found in zip(points[0, :9], index[0]):
         near = sorted(tree.query_ball_point(centre.numpy(), 0.45))[:5]
         assert found.tolist() == near + [near[0]] * (5 - len(near))
-    evidence.property("ball query: the first points within the radius, the first again where there are fewer (cKDTree)")
+    evidence.property(
+        "ball query: the first points within the radius, the first again where there are fewer (cKDTree)",
+        "球查询：取半径内最先的几个点，不够时重复第一个（cKDTree）",
+    )
 
 
 def test_losses_against_dense_matrices_and_trees(evidence):
@@ -245,7 +260,10 @@ def test_blocks_are_weighted_as_in_the_release(evidence):
         moved = loss({"blocks": guesses, "template": net.template.T}, batch)
         assert float(moved["coordinates"]) == pytest.approx(weight * 100, rel=1e-3)
         assert float(moved["laplacian"]) == pytest.approx(float(base["laplacian"]), rel=1e-3), "a shift changes no Laplacian"
-    evidence.property("blocks weigh 0.1, 0.3, 0.6; coordinates count a thousandfold; a shift leaves the Laplacian term alone")
+    evidence.property(
+        "blocks weigh 0.1, 0.3, 0.6; coordinates count a thousandfold; a shift leaves the Laplacian term alone",
+        "各块权重 0.1、0.3、0.6；坐标项乘一千；整体平移不改变拉普拉斯项",
+    )
 
 
 def test_outputs_are_places_and_not_moves(evidence):
@@ -264,7 +282,10 @@ def test_outputs_are_places_and_not_moves(evidence):
     assert not torch.allclose(moved(cloud())["vertices"] + 0.3, shifted(cloud())["vertices"], atol=1e-2), (
         "moving the template does not move the answer"
     )
-    evidence.property("absolute coordinates as released: a zero last layer gives the origin, not the template")
+    evidence.property(
+        "absolute coordinates as released: a zero last layer gives the origin, not the template",
+        "与发布代码相同，输出绝对坐标：末层为零时得到原点，而不是模板",
+    )
 
 
 def test_order_of_vertices_is_kept(evidence):
@@ -275,7 +296,10 @@ def test_order_of_vertices_is_kept(evidence):
     other = MRNet(net.template.numpy()[order], place[SPHERE.faces], net.config).eval()
     other.load_state_dict(net.state_dict())
     assert relative(other(cloud())["vertices"], net(cloud())["vertices"][:, :, order]) < TOLERANCE
-    evidence.property("vertex i of the answer is vertex i of the template, however they are numbered")
+    evidence.property(
+        "vertex i of the answer is vertex i of the template, however they are numbered",
+        "无论模板顶点如何编号，结果的第 i 个顶点就是模板的第 i 个顶点",
+    )
 
 
 def test_point_features_reach_vertices_only_when_asked(evidence):
@@ -287,7 +311,10 @@ def test_point_features_reach_vertices_only_when_asked(evidence):
             for p in net.abstraction.parameters():
                 p.add_(0.3)
         assert torch.equal(before, net(cloud())["vertices"]) is not matters
-    evidence.property("as released the learned point features reach no vertex; with point_features they do")
+    evidence.property(
+        "as released the learned point features reach no vertex; with point_features they do",
+        "照发布代码，学到的点特征到不了任何顶点；打开 point_features 就能到",
+    )
 
 
 def test_sparse_and_dense_adjacency_agree():
