@@ -107,7 +107,10 @@ def test_m_is_the_network_of_its_paper(evidence):
             y = F.conv2d(y, net.conv3[i].weight, net.conv3[i].bias, padding=1).relu()
         error = relative(net.pyramid(x)[-1], y)
     assert error < 1e-10
-    evidence.property("VGG-M: strides, paddings and the local response normalisation by hand")
+    evidence.property(
+        "VGG-M: strides, paddings and the local response normalisation by hand",
+        "VGG-M：步长、填充与局部响应归一化和手算一致",
+    )
 
 
 # --- The operation
@@ -122,7 +125,10 @@ def test_products_at_every_place_by_a_loop(evidence):
     torch.testing.assert_close(bilinear(*moved), expected)
     one_moved = bilinear(moved[0], b)
     assert not torch.allclose(one_moved, expected)
-    evidence.property("pooled outer products by a loop; without order: the same where places are shuffled, if both streams' are")
+    evidence.property(
+        "pooled outer products by a loop; without order: the same where places are shuffled, if both streams' are",
+        "外积池化等于逐位置循环；与次序无关：两路按同一次序打乱位置，结果不变",
+    )
 
 
 def test_one_stream_with_itself_is_the_gram_matrix(evidence):
@@ -133,7 +139,10 @@ def test_one_stream_with_itself_is_the_gram_matrix(evidence):
     torch.testing.assert_close(gram, torch.bmm(flat, flat.transpose(1, 2)) / 25)
     torch.testing.assert_close(gram, gram.mT)
     assert torch.linalg.eigvalsh(gram).min() > -1e-12
-    evidence.property("one stream with itself: the Gram matrix, symmetric and positive semi-definite")
+    evidence.property(
+        "one stream with itself: the Gram matrix, symmetric and positive semi-definite",
+        "一路特征与自身：Gram 矩阵，对称且半正定",
+    )
 
 
 def test_the_kernel_of_the_descriptor_is_the_squared_inner_product():
@@ -155,7 +164,10 @@ def test_gradients_are_the_papers(evidence):
     x = torch.rand(1, 3, 2, 2, dtype=torch.float64, requires_grad=True) + 0.1
     pooling = BilinearPooling(3, 3, Pooling()).double()
     assert gradcheck(lambda x: pooling(x, x), (x,))
-    evidence.property("gradients of the outer product: (dl/dx) B and (dl/dx)' A; gradcheck of products, root and length")
+    evidence.property(
+        "gradients of the outer product: (dl/dx) B and (dl/dx)' A; gradcheck of products, root and length",
+        "外积的梯度：(dl/dx) B 与 (dl/dx)' A；乘积、开方与归一化通过 gradcheck",
+    )
 
 
 def test_root_and_length(evidence):
@@ -170,7 +182,10 @@ def test_root_and_length(evidence):
     torch.testing.assert_close(BilinearPooling(4, 4, Pooling(normalise=False))(a, a), bilinear(a, a).flatten(1))
     # Dividing by the number of places changes nothing behind root and length, but for what stands under the root.
     torch.testing.assert_close(pooled, F.normalize(signed_root(25 * bilinear(a, a)).flatten(1)), rtol=1e-3, atol=1e-4)
-    evidence.property("signed square root with a finite gradient at 0, length one; the number of places cancels")
+    evidence.property(
+        "signed square root with a finite gradient at 0, length one; the number of places cancels",
+        "带符号的平方根在 0 处梯度有限，长度为一；位置数被约去",
+    )
 
 
 def test_with_the_constant_one_it_is_average_pooling(evidence):
@@ -179,7 +194,7 @@ def test_with_the_constant_one_it_is_average_pooling(evidence):
         image = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(net.embed(image), net.pyramid(image)[-1].mean((2, 3)))
     assert net.embedding == 96
-    evidence.property("bilinear pooling with the constant 1 is average pooling")
+    evidence.property("bilinear pooling with the constant 1 is average pooling", "与常数 1 做双线性池化即平均池化")
 
 
 def test_two_streams_of_different_maps_share_what_both_have():
@@ -195,7 +210,7 @@ def test_projection_of_one_stream(evidence):
     x = torch.randn(2, 6, 4, 4)
     full = bilinear(x, x)
     torch.testing.assert_close(pooling(x, x).view(2, 6, 2), full @ pooling.project.weight[:, :, 0, 0].T, rtol=1e-4, atol=1e-5)
-    evidence.property("projecting one stream multiplies the matrix of products from one side")
+    evidence.property("projecting one stream multiplies the matrix of products from one side", "投影其中一路，等于从一侧乘乘积矩阵")
 
 
 # --- Training
@@ -217,7 +232,10 @@ def test_the_classifier_learns_alone_first(evidence):
     net = built(VARIANTS["small"])
     net.advance(0.0)
     assert all(p.requires_grad for p in net.parameters())
-    evidence.property("two steps of training: the classifier alone, then everything; it follows from the share of training alone")
+    evidence.property(
+        "two steps of training: the classifier alone, then everything; it follows from the share of training alone",
+        "两步训练：先只训练分类器，再训练全部；处于哪一步只由训练进行的比例决定",
+    )
 
 
 def test_recipe():
@@ -239,7 +257,10 @@ def test_on_other_backbones(evidence):
         assert net.embedding == 4 * host.widths[-1]
         assert isinstance(host.head, nn.Identity)
         torch.testing.assert_close(torch.export.export(net, (image,)).module()(image)["logits"], net(image)["logits"])
-    evidence.property("bilinear pooling on a ConvNeXt: shapes, the old classifier gone, exported to the same numbers")
+    evidence.property(
+        "bilinear pooling on a ConvNeXt: shapes, the old classifier gone, exported to the same numbers",
+        "ConvNeXt 上的双线性池化：形状正确，原分类器已去掉，导出后数值相同",
+    )
 
 
 def test_what_does_not_fit():

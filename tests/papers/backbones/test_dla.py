@@ -161,7 +161,10 @@ def test_official_projections_of_deep_trees_are_not_used(evidence):
     surplus = sum(theirs[key].numel() for key in unused if key.endswith(("weight", "bias")))
     ours = sum(p.numel() for p in net.parameters())
     assert ours + surplus == FIXTURE["networks"]["basic"]["parameters"]
-    evidence.property("parameters of the official segmentation network = ours and the projections that deep trees never use")
+    evidence.property(
+        "parameters of the official segmentation network = ours and the projections that deep trees never use",
+        "官方分割网络的参数量 = 我们的参数量加上深树从不使用的投影",
+    )
 
 
 # --- Mechanisms
@@ -188,7 +191,10 @@ def test_a_tree_of_depth_three_by_hand(evidence):
     fourth = pair(third, above, second, third)
     assert torch.equal(tree(x, (above,)), fourth)
     assert [node.merge[0].in_channels for node in nodes] == [12, 18, 12, 12 + 7 + 6 + 6]
-    evidence.property("a tree of depth 3 by hand: 8 blocks, 4 nodes, merged nodes at the right ends, the stage's input at the last")
+    evidence.property(
+        "a tree of depth 3 by hand: 8 blocks, 4 nodes, merged nodes at the right ends, the stage's input at the last",
+        "手算深度为 3 的树：8 个块、4 个节点，合并的节点在右端，阶段的输入接到最后一个节点",
+    )
 
 
 def test_children_are_not_kept_between_calls():
@@ -204,7 +210,10 @@ def test_node_is_equations_3_and_4(evidence, residual):
     y = node.merge[1](F.conv2d(torch.cat(children, 1), node.merge[0].weight))
     torch.testing.assert_close(node(children), (y + residual * children[0]).relu())
     if residual:
-        evidence.property("node: one 1x1 convolution of all children, batch norm, the first child added where asked for, ReLU")
+        evidence.property(
+            "node: one 1x1 convolution of all children, batch norm, the first child added where asked for, ReLU",
+            "节点：对全部子节点做一次 1×1 卷积，批归一化，需要时加上第一个子节点，ReLU",
+        )
 
 
 @pytest.mark.parametrize(
@@ -235,7 +244,10 @@ def test_iterative_aggregation_hands_the_stages_input_to_its_root(evidence):
     changed = stage(x)
     root.merge[0].weight[:, 20:28] = 1
     assert relative(stage(x), changed) > 0.01
-    evidence.property("from stage 3 on, the last root also merges the stage's pooled input")
+    evidence.property(
+        "from stage 3 on, the last root also merges the stage's pooled input",
+        "从第二棵树起，最后的根还融合该阶段池化后的输入",
+    )
 
 
 def test_blocks_in_a_row_are_the_same_blocks_without_nodes():
@@ -259,7 +271,10 @@ def test_upsampling_starts_bilinear(evidence, factor):
     inside = F.interpolate(x, scale_factor=factor, mode="bilinear")[:, :, factor:-factor, factor:-factor]
     torch.testing.assert_close(up(x)[:, :, factor:-factor, factor:-factor], inside)
     if factor == 8:
-        evidence.property("up-sampling weights are the official ones, and bilinear interpolation away from the border")
+        evidence.property(
+            "up-sampling weights are the official ones, and bilinear interpolation away from the border",
+            "上采样权重与官方的相同，离开边界处即双线性插值",
+        )
 
 
 def test_dla_up_merges_from_coarse_to_fine(evidence):
@@ -274,7 +289,10 @@ def test_dla_up_merges_from_coarse_to_fine(evidence):
         counts.append(round(float(up(maps)[0, 0, 32, 32])))
     # (a, b, c, d) -> (c + d); (b + c, b + 2c + d); (a + b, a + 2b + c, a + 3b + 3c + d)
     assert counts == [1, 3, 3, 1]
-    evidence.property("wiring of DLAUp: how often each map arrives at the output, by hand")
+    evidence.property(
+        "wiring of DLAUp: how often each map arrives at the output, by hand",
+        "DLAUp 的连线：每张特征图到达输出的次数与手算一致",
+    )
 
 
 @pytest.mark.parametrize("ratio", [2, 4, 8])

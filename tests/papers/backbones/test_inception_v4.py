@@ -175,7 +175,10 @@ def test_residual_is_scaled_linear_and_added_before_the_relu(evidence):
     assert (y < 0).any()  # neither norm nor ReLU before the sum
     bare, _ = residual(1.0, lambda n: (nn.Conv2d(n, 3, 1), 3), relu=False)(4)
     assert (bare(x) < 0).any()
-    evidence.property("residual: branches, a 1x1 convolution without norm or ReLU, scale, sum, ReLU")
+    evidence.property(
+        "residual: branches, a 1x1 convolution without norm or ReLU, scale, sum, ReLU",
+        "残差：各分支，既无归一化也无 ReLU 的 1×1 卷积，缩放，相加，ReLU",
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet_v1", "resnet_v2"])
@@ -205,7 +208,8 @@ def test_scaling_keeps_a_wide_module_near_its_input(evidence):
 
     assert drift(1.0) > 5 > 1 > drift(0.1)
     evidence.property(
-        "five residual modules of 1000 filters: unscaled they drift by more than five times their input, at a tenth by less than once"
+        "five residual modules of 1000 filters: unscaled they drift by more than five times their input, at a tenth by less than once",
+        "五个残差模块，各 1000 个滤波器：不缩放时偏离超过输入的五倍，缩放到十分之一时不到一倍",
     )
 
 
@@ -227,7 +231,10 @@ def test_modules_from_v1_to_v3(evidence):
     assert reach("v3", 1) == ([one, one, (1, 7), (7, 1), one, (7, 1), (1, 7), (7, 1), (1, 7), one], 4)
     assert reach("v3", 2) == reach("v2", 2) == ([one, one, (1, 3), (3, 1), one, (3, 3), (1, 3), (3, 1), one], 4)
     assert reach("v4", 2)[0] == [one, one, (1, 3), (3, 1), one, (3, 1), (1, 3), (1, 3), (3, 1), one]
-    evidence.property("modules of v1, v2, v3 and v4: kernels of every branch, in order")
+    evidence.property(
+        "modules of v1, v2, v3 and v4: kernels of every branch, in order",
+        "v1、v2、v3 与 v4 的模块：每个分支的卷积核及其次序",
+    )
 
 
 def test_factorised_kernels_see_as_far_for_less():

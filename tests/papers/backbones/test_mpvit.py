@@ -138,7 +138,10 @@ def test_paths_read_patches_of_3_5_and_7_cells_in_one_length(evidence):
         assert reach(net, 1) == [3, 7, 11]  # the first one halves the map
     maps = net.stages[1].embedded(torch.randn(1, 24, 16, 16))
     assert [tuple(m.shape) for m in maps] == [(1, 24, 8, 8)] * 3
-    evidence.property("multi-scale patch embedding: in series, tokens of path 1, 2, 3 have seen 3, 5, 7 cells; sequences of one length")
+    evidence.property(
+        "multi-scale patch embedding: in series, tokens of path 1, 2, 3 have seen 3, 5, 7 cells; sequences of one length",
+        "多尺度 patch 嵌入：串联，路径 1、2、3 的 token 看过 3、5、7 格；各序列等长",
+    )
 
 
 def test_factorised_attention_by_hand(evidence):
@@ -158,7 +161,10 @@ def test_factorised_attention_by_hand(evidence):
     )  # fmt: skip
     expected = attention.out(torch.cat(out, -1) + q * moved.permute(0, 2, 3, 1).flatten(1, 2))
     torch.testing.assert_close(attention(x, positions).flatten(1, 2), expected, rtol=1e-4, atol=1e-5)
-    evidence.property("factorised attention: softmax of keys over places, none of queries, scale on the content term alone; by hand")
+    evidence.property(
+        "factorised attention: softmax of keys over places, none of queries, scale on the content term alone; by hand",
+        "因子化注意力：softmax 沿位置、只对键不对查询，缩放只乘在内容项上；与手算一致",
+    )
 
 
 def test_attention_never_holds_a_matrix_of_tokens_by_tokens():
@@ -202,7 +208,10 @@ def test_stage_concatenates_the_local_path_and_all_encoders(evidence):
     alone = Stage(16, 20, 3, 2, replace(LITTLE, local=False), [0.0])
     assert alone.local is None
     assert alone.aggregate[0].in_channels == 48
-    evidence.property("stage: local path on the first embedding, encoders, concatenation, 1x1 convolution to the next width")
+    evidence.property(
+        "stage: local path on the first embedding, encoders, concatenation, 1x1 convolution to the next width",
+        "阶段：第一个嵌入上的局部路径、各编码器、拼接、到下一阶段宽度的 1×1 卷积",
+    )
 
 
 def test_local_path_is_an_inverted_residual():

@@ -95,7 +95,10 @@ def test_kl_in_closed_form_equals_sampling(evidence):
     sampled = (q.log_prob(z) - p.log_prob(z)).sum(-1).mean(0)
     torch.testing.assert_close(exact, sampled, rtol=0.02, atol=0.02)
     assert float(kl_divergence(torch.zeros(1, 3), torch.zeros(1, 3))) == 0
-    evidence.property("KL divergence in closed form: equals torch.distributions and an average over 200,000 draws")
+    evidence.property(
+        "KL divergence in closed form: equals torch.distributions and an average over 200,000 draws",
+        "KL 散度的闭式：与 torch.distributions 以及 200,000 次采样的平均一致",
+    )
 
 
 def test_estimators_agree_on_average_and_b_varies_less(evidence):
@@ -110,7 +113,10 @@ def test_estimators_agree_on_average_and_b_varies_less(evidence):
     a, b = terms["A"], terms["B"]
     assert float((a - b).mean().abs()) < 4 * float((a - b).std()) / len(a) ** 0.5
     assert b.var() < a.var()
-    evidence.property("estimators A and B have one mean; B varies less (weights near their first values)")
+    evidence.property(
+        "estimators A and B have one mean; B varies less (weights near their first values)",
+        "估计量 A 与 B 期望相同；B 的方差更小（权重接近初值时）",
+    )
 
 
 def test_gradient_goes_through_the_sample(evidence):
@@ -131,7 +137,10 @@ def test_gradient_goes_through_the_sample(evidence):
         down = expected()
     assert float(up - down) == pytest.approx(2 * float(gradient @ step), rel=1e-2)
     assert gradient.abs().min() > 1e-3
-    evidence.property("reparameterisation: the gradient of the encoder's mean is that of the expectation")
+    evidence.property(
+        "reparameterisation: the gradient of the encoder's mean is that of the expectation",
+        "重参数化：对编码器均值的梯度就是期望的梯度",
+    )
 
 
 @pytest.mark.parametrize("decoder", ["bernoulli", "gaussian"])
@@ -154,7 +163,10 @@ def test_importance_weighted_estimate_reaches_the_likelihood(evidence, decoder):
         bound = torch.stack([net.importance_weighted(image, 1, generator) for _ in range(500)]).mean(0)
     torch.testing.assert_close(found, exact, rtol=0, atol=0.05)
     assert (bound < exact).all()
-    evidence.property(f"the importance-weighted estimate reaches log p(x), the bound stays below it ({decoder} decoder)")
+    evidence.property(
+        f"the importance-weighted estimate reaches log p(x), the bound stays below it ({decoder} decoder)",
+        f"重要性加权估计达到 log p(x)，下界低于它（{decoder} 解码器）",
+    )
 
 
 def test_wake_teaches_the_decoder_and_sleep_the_encoder(evidence):
@@ -168,7 +180,10 @@ def test_wake_teaches_the_decoder_and_sleep_the_encoder(evidence):
     assert all(g is not None for g in sleep[: len(encoder)]) and all(g is None for g in sleep[len(encoder) :])
     terms = negative_bound(config)(output, {"image": image})
     torch.testing.assert_close(terms["loss"], -(output["log_likelihood"] + output["sleep"]).mean())
-    evidence.property("wake-sleep: the wake phase moves the decoder only, the sleep phase the encoder only")
+    evidence.property(
+        "wake-sleep: the wake phase moves the decoder only, the sleep phase the encoder only",
+        "wake-sleep：醒时只更新解码器，睡时只更新编码器",
+    )
 
 
 def test_reconstruction_is_of_the_mean_and_training_of_a_sample():

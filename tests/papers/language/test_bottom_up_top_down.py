@@ -63,7 +63,10 @@ def test_parameters_of_the_released_captioner(evidence):
         "w_p": 10_020_010,
     }  # fmt: skip
     assert sum(counts.values()) == 57_983_098
-    evidence.property("57,983,098 weights for 10,010 words, part by part as in the released prototxt")
+    evidence.property(
+        "57,983,098 weights for 10,010 words, part by part as in the released prototxt",
+        "10,010 个词时共 57,983,098 个权重，各部分与公开的 prototxt 一致",
+    )
 
 
 def test_parameters_of_the_detector():
@@ -165,7 +168,10 @@ def test_order_and_padding_of_regions_mean_nothing(evidence):
         more = net.regions(F.pad(v, (0, 0, 0, 2), value=7.0), F.pad(mask, (0, 2)))
         assert relative(net(more, words), plain) < 1e-5
         assert relative(net(net.regions(v, torch.ones_like(mask)), words), plain) > 1e-2
-    evidence.property("permuting regions leaves captions as they are; regions beyond an image's number have no part in attention or mean")
+    evidence.property(
+        "permuting regions leaves captions as they are; regions beyond an image's number have no part in attention or mean",
+        "打乱区域次序，描述不变；超出一幅图区域数的行不参与注意力与均值",
+    )
 
 
 def test_forget_gates_begin_open_and_the_word_before_is_seen():
@@ -216,7 +222,8 @@ def test_beam_search_finds_the_best(evidence):
         together = net.search(regions, 5, 3)
         assert torch.equal(alone["words"][0], together["words"][1]) and relative(alone["attention"][0], together["attention"][1]) < 1e-5
     evidence.property(
-        "beam search equals exhaustive search where the beam holds the whole tree; no word twice in a row; ends cost nothing more"
+        "beam search equals exhaustive search where the beam holds the whole tree; no word twice in a row; ends cost nothing more",
+        "束容得下整棵树时，束搜索等于穷举；同一个词不连续出现两次；结束之后不再增加代价",
     )
 
 
@@ -274,7 +281,8 @@ def test_regions_are_those_of_the_official_rule(network, evidence):
     detector.own = network.config
     assert len(counts) > 2, "the adaptive number varies"
     evidence.property(
-        "regions: suppression in each class, any class above the threshold, at least and at most so many; features of the proposals"
+        "regions: suppression in each class, any class above the threshold, at least and at most so many; features of the proposals",
+        "区域：在每个类别内抑制，任一类别超过阈值即可，数量有下限和上限；特征取自候选框",
     )
 
 
@@ -302,7 +310,10 @@ def test_attributes_are_asked_of_objects_only(network, evidence):
         after = network.detector(batch["image"], batch["boxes"], batch["labels"], batch["attributes"])["attribute_logits"]
         network.detector.class_embedding.weight[1:] -= 1
     assert relative(after, before) > 1e-3
-    evidence.property("attribute head: pooled feature beside an embedding of the true class, objects only")
+    evidence.property(
+        "attribute head: pooled feature beside an embedding of the true class, objects only",
+        "属性头：池化特征与真实类别的嵌入拼接，只用于物体",
+    )
 
 
 def test_captions_leave_the_detector_alone():
@@ -352,7 +363,7 @@ def test_reward_rises(explore, evidence):
         optimizer.step()
         rewards += [float(terms["reward"])] if "reward" in terms else []
     assert len(rewards) == 40 and np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:5])
-    evidence.property(f"self-critical steps raise CIDEr-D ({explore})")
+    evidence.property(f"self-critical steps raise CIDEr-D ({explore})", f"自批判训练提高 CIDEr-D（{explore}）")
 
 
 def test_self_critical_loss_by_hand():
@@ -410,4 +421,7 @@ def test_questions(evidence):
     a = torch.stack([net.w_a(net.f_a(torch.cat([v[:, i], q], 1)))[:, 0] for i in range(4)], 1).masked_fill(~mask, NEVER)
     h = net.f_q(q) * net.f_v((a.softmax(1)[..., None] * v).sum(1))
     assert torch.allclose(net.w_o(net.f_o(h)), scores, atol=1e-6)
-    evidence.property("question head: gated tanh, one pass of attention over masked regions, product of question and image")
+    evidence.property(
+        "question head: gated tanh, one pass of attention over masked regions, product of question and image",
+        "问答头：门控 tanh，对带掩码的区域做一次注意力，问题与图像相乘",
+    )

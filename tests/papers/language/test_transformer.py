@@ -140,7 +140,10 @@ def test_parameters(evidence):
         # torch's own, less two norms and the four biases of eighteen attentions, and one matrix of embeddings
         assert core - 4 * config.d_model - layers * 4 * config.d_model + 37_000 * config.d_model == total
         assert abs(total / 1e6 - {"base": 65, "big": 213}[name]) < 2.5
-    evidence.property("63,045,632 (base) and 214,171,648 (big) parameters with 37,000 shared symbols and no biases in attention")
+    evidence.property(
+        "63,045,632 (base) and 214,171,648 (big) parameters with 37,000 shared symbols and no biases in attention",
+        "37,000 个共用符号、注意力不带偏置时，参数量为 63,045,632（base）与 214,171,648（big）",
+    )
 
 
 # Mechanisms
@@ -161,7 +164,10 @@ def test_scores_have_variance_one(evidence):
     assert float(scaled.var()) == pytest.approx(1, rel=0.05) and gradient(scaled) > 0.9 > 0.3 > gradient(raw)
     mask = torch.ones(1, 1, 400, 400, dtype=torch.bool)
     assert torch.allclose(attention(q[None, None], k[None, None], k[None, None], mask)[1][0, 0], scaled.softmax(-1), atol=1e-6)
-    evidence.property("scores are divided by the root of d_k: variance 1 and a living softmax at d_k = 512, where raw products saturate")
+    evidence.property(
+        "scores are divided by the root of d_k: variance 1 and a living softmax at d_k = 512, where raw products saturate",
+        "得分除以根号 d_k：d_k = 512 时方差为 1，softmax 仍有梯度，而不缩放的点积已饱和",
+    )
 
 
 @torch.no_grad()
@@ -175,7 +181,10 @@ def test_a_symbol_depends_on_those_before_it_only(batch, evidence):
         after = network(source, other)["logits"]
         assert torch.equal(before[:, :t], after[:, :t]) or relative(after[:, :t], before[:, :t]) < 1e-6
         assert relative(after[:, t], before[:, t]) > 1e-3
-    evidence.property("causal: logits at t do not depend on later symbols, and do on the one at t")
+    evidence.property(
+        "causal: logits at t do not depend on later symbols, and do on the one at t",
+        "因果性：t 处的 logits 与之后的符号无关，与 t 处的符号有关",
+    )
 
 
 @torch.no_grad()
@@ -188,7 +197,10 @@ def test_order_comes_from_the_positional_encoding_alone(batch, evidence):
     network.position = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     network.embed = lambda symbols, start=0: network.embedding(symbols)  # type: ignore[method-assign]
     assert relative(network.encode(source[:, order])[0], network.encode(source)[0][:, order]) < 1e-5
-    evidence.property("without positional encoding the encoder is equivariant to any order of its input")
+    evidence.property(
+        "without positional encoding the encoder is equivariant to any order of its input",
+        "去掉位置编码后，编码器对输入的任何次序等变",
+    )
 
 
 @torch.no_grad()
@@ -203,7 +215,10 @@ def test_written_step_by_step_or_at_once(batch, evidence):
     written = greedy(network, source)
     again = network(source)["logits"]
     assert torch.equal(again.argmax(2)[:, :-1], written[:, 1:])
-    evidence.property("steps with kept keys and values give the logits of the whole sequence at once")
+    evidence.property(
+        "steps with kept keys and values give the logits of the whole sequence at once",
+        "缓存 key 和 value 的逐步解码，与整个序列一次算出的 logits 相同",
+    )
 
 
 @torch.no_grad()
@@ -231,7 +246,10 @@ def test_the_norm_comes_after_the_sum(batch, evidence):
     first = F.layer_norm(x + layer.self_attention(x, *layer.self_attention.remember(x), mask)[0], (48,), eps=1e-6)
     expected = F.layer_norm(first + layer.feed_forward(first), (48,), eps=1e-6)
     assert relative(layer(x, mask), expected) < 1e-6
-    evidence.property("post-norm: every layer's output is LayerNorm(x + Sublayer(x)), and no further norm follows the stacks")
+    evidence.property(
+        "post-norm: every layer's output is LayerNorm(x + Sublayer(x)), and no further norm follows the stacks",
+        "post-norm：每层的输出为 LayerNorm(x + Sublayer(x))，堆叠之后不再有归一化",
+    )
 
 
 def test_sinusoids(evidence):
@@ -243,7 +261,10 @@ def test_sinusoids(evidence):
     linear = torch.linalg.lstsq(encoding[:40].double(), encoding[5:45].double()).solution
     assert relative(encoding[:45].double() @ linear, encoding[5:50].double()) < 1e-4
     assert torch.equal(PositionalEncoding(16)(torch.zeros(1, 5, 16), 45)[0], encoding[45:])
-    evidence.property("sinusoids are interleaved as in section 3.5, and an offset is one linear map everywhere")
+    evidence.property(
+        "sinusoids are interleaved as in section 3.5, and an offset is one linear map everywhere",
+        "正弦编码按 3.5 节交错排列，同一偏移在任何位置都是同一个线性变换",
+    )
 
 
 def test_one_matrix_times_the_root_of_its_width(evidence):
@@ -254,7 +275,10 @@ def test_one_matrix_times_the_root_of_its_width(evidence):
     embedded = network.embed(symbols) - network.position(torch.zeros(1, 500, 512))
     assert torch.allclose(embedded[0], network.embedding.weight * 512**0.5, atol=1e-5)
     assert float(embedded.detach().var()) == pytest.approx(1, rel=0.02)
-    evidence.property("source, target and softmax share one matrix; embeddings are multiplied by the root of d_model")
+    evidence.property(
+        "source, target and softmax share one matrix; embeddings are multiplied by the root of d_model",
+        "源语言、目标语言与 softmax 共用一个矩阵；嵌入乘以根号 d_model",
+    )
 
 
 def test_dropout_is_where_section_5_4_puts_it():
@@ -275,7 +299,7 @@ def test_label_smoothing(evidence):
         if t != PAD
     ]
     assert float(found) == pytest.approx(sum(terms) / 5, rel=1e-5)
-    evidence.property("label smoothing 0.1 on symbols that are no padding")
+    evidence.property("label smoothing 0.1 on symbols that are no padding", "标签平滑 0.1，只作用于非填充的符号")
 
 
 @pytest.mark.parametrize(("variant", "steps"), [("base", 100_000), ("big", 300_000)])
@@ -286,4 +310,7 @@ def test_learning_rate_of_equation_3(variant, steps, evidence):
         expected = config.d_model**-0.5 * min(n**-0.5, n * 4000**-1.5)
         assert recipe.lr * schedule(recipe, n - 1, steps) == pytest.approx(expected, rel=1e-6)
     assert (recipe.optimizer, recipe.momentum, recipe.beta2, recipe.eps, recipe.clip) == ("adam", 0.9, 0.98, 1e-9, None)
-    evidence.property(f"{variant}: eq. 3 with 4,000 steps of warm-up over {steps:,} steps, Adam(0.9, 0.98, 1e-9)")
+    evidence.property(
+        f"{variant}: eq. 3 with 4,000 steps of warm-up over {steps:,} steps, Adam(0.9, 0.98, 1e-9)",
+        f"{variant}：式 3，{steps:,} 步中预热 4,000 步，Adam(0.9, 0.98, 1e-9)",
+    )

@@ -115,7 +115,10 @@ def test_positions_and_weights_by_loops(evidence, gates):
             torch.testing.assert_close(weights[0, a, i, : i + 1], expected, rtol=1e-3, atol=1e-5)
             assert not weights[0, a, i, i + 1 :].any()
     assert (whole == 2 * 28) == (gates == "ones")
-    evidence.property(f"contextual positions, interpolation and weights by loops, gates from {gates}, clamped at the last")
+    evidence.property(
+        f"contextual positions, interpolation and weights by loops, gates from {gates}, clamped at the last",
+        f"上下文位置、插值与权重和循环手算一致，门取自 {gates}，在最后一个位置截断",
+    )
 
 
 def test_open_gates_are_relative_positions(evidence):
@@ -131,7 +134,7 @@ def test_open_gates_are_relative_positions(evidence):
     torch.testing.assert_close(places, (offset + 1).clamp(min=0).float().expand(1, 3, -1, -1))
     layer.gates = "values"
     assert not torch.allclose(layer.where(q, k, v, mask), places, atol=0.1)
-    evidence.property("gates of one: p_ij = i - j + 1, relative position")
+    evidence.property("gates of one: p_ij = i - j + 1, relative position", "门全为一：p_ij = i - j + 1，即相对位置")
 
 
 @torch.enable_grad()
@@ -147,7 +150,8 @@ def test_interpolation_and_its_gradient_learns(evidence):
     far = interpolated(z, torch.full((1, 1, 3, 3), 9.5))
     torch.testing.assert_close(far, z[..., 5:].expand(-1, -1, -1, 3))
     evidence.property(
-        "logits interpolated between whole positions; the gradient of a gate is the step between them; far places take the last"
+        "logits interpolated between whole positions; the gradient of a gate is the step between them; far places take the last",
+        "logit 在整数位置之间插值；门的梯度是相邻两者之差；过远的位置取最后一个",
     )
 
 
@@ -163,7 +167,10 @@ def test_what_is_closed_counts_nothing(evidence):
     torch.testing.assert_close(
         absolute(F.pad(source, (0, 4), value=PAD), target)["logits"], absolute(source, target)["logits"], rtol=1e-4, atol=1e-5
     )
-    evidence.property("padding is closed after the sigmoid: it has no position and no weight")
+    evidence.property(
+        "padding is closed after the sigmoid: it has no position and no weight",
+        "填充在 sigmoid 之后关掉：既不占位置，也没有权重",
+    )
 
 
 @pytest.mark.parametrize("position", ["cope", "relative", "absolute"])
@@ -206,7 +213,10 @@ def test_in_a_vit_it_learns(evidence):
     losses = trained(net)
     assert losses[-1] < losses[0]
     assert all(place.positions.grad is not None and place.positions.any() for place in places)
-    evidence.property("in a ViT: every attention replaced, positions learn from zero")
+    evidence.property(
+        "in a ViT: every attention replaced, positions learn from zero",
+        "在 ViT 中：每个注意力都被替换，位置嵌入从零开始学习",
+    )
 
 
 def test_with_positions_of_zero_a_vit_stays_what_it_was(evidence):
@@ -214,7 +224,10 @@ def test_with_positions_of_zero_a_vit_stays_what_it_was(evidence):
     image = torch.randn(2, 3, 32, 32)
     expected = host(image)["logits"]
     torch.testing.assert_close(put(host, Contextual())(image)["logits"], expected, rtol=1e-4, atol=1e-5)
-    evidence.property("freshly put in, with embeddings of zero, CoPE changes nothing of a ViT's answer")
+    evidence.property(
+        "freshly put in, with embeddings of zero, CoPE changes nothing of a ViT's answer",
+        "刚放入时嵌入为零，CoPE 不改变 ViT 的回答",
+    )
 
 
 def test_in_an_exported_vit():

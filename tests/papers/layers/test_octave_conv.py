@@ -89,7 +89,10 @@ def test_cost_and_memory_of_a_layer(evidence, alpha, share):
         y = layer(x)
     assert counter.get_total_flops() == pytest.approx(cost(alpha) * 2 * 2 * 16 * 16 * 9 * 64 * 64)
     assert y.high.numel() + y.low.numel() == memory(alpha) * 2 * 64 * 16 * 16
-    evidence.property(f"alpha = {alpha}: multiply-adds and numbers in a map are the paper's formulas, exactly")
+    evidence.property(
+        f"alpha = {alpha}: multiply-adds and numbers in a map are the paper's formulas, exactly",
+        f"alpha = {alpha}：乘加次数与特征图中数的个数恰为论文公式所给",
+    )
 
 
 # --- The convolution
@@ -119,14 +122,20 @@ def test_convolution_is_its_four_paths(evidence, stride, alpha_in, alpha_out):
         assert relative(ours.low, y_low) < 1e-10
         ours = ours.high
     assert relative(ours, y_high) < 1e-10
-    evidence.property(f"stride {stride}, alpha {alpha_in} to {alpha_out}: four paths by hand, strides as pooling")
+    evidence.property(
+        f"stride {stride}, alpha {alpha_in} to {alpha_out}: four paths by hand, strides as pooling",
+        f"步长 {stride}，alpha 从 {alpha_in} 到 {alpha_out}：四条路径与手算一致，步长以池化实现",
+    )
 
 
 def test_without_a_low_part_it_is_the_ordinary_convolution(evidence):
     base, x = conv(), torch.randn(2, 8, 12, 12)
     torch.testing.assert_close(OctaveConv(base, 0, 0)(x), base(x))
     torch.testing.assert_close(OctaveConv(conv(stride=2), 0, 0)(x), F.conv2d(down(x), base.weight, base.bias, padding=1))
-    evidence.property("alpha = 0 to 0: nn.Conv2d; with a stride, pooling and nn.Conv2d")
+    evidence.property(
+        "alpha = 0 to 0: nn.Conv2d; with a stride, pooling and nn.Conv2d",
+        "alpha 从 0 到 0：即 nn.Conv2d；有步长时为池化加 nn.Conv2d",
+    )
 
 
 def test_constant_maps_do_not_notice_the_split(evidence):
@@ -134,7 +143,10 @@ def test_constant_maps_do_not_notice_the_split(evidence):
     x = torch.randn(1, 8, 1, 1).expand(1, 8, 12, 12)
     split = OctaveConv(base, 0.5, 0.25)(Octaves(x[:, :4], down(x[:, 4:])))
     torch.testing.assert_close(whole(split), base(x), rtol=1e-4, atol=1e-5)
-    evidence.property("on maps that are constant in space the result is the ordinary convolution's, whatever the shares")
+    evidence.property(
+        "on maps that are constant in space the result is the ordinary convolution's, whatever the shares",
+        "特征图在空间上恒定时，无论比例如何，结果都与普通卷积相同",
+    )
 
 
 def test_depthwise_parts_do_not_exchange():
@@ -155,7 +167,10 @@ def test_pooling_keeps_the_centre_and_strides_shift_it(evidence):
 
     assert centre(up(down(blob), blob.shape[2:])) == pytest.approx(15.5, abs=1e-3)
     assert abs(centre(up(blob[..., ::2, ::2], blob.shape[2:])) - 15.5) > 0.4
-    evidence.property("average pooling keeps a blob's centre through down and up, a strided sample moves it by half a cell")
+    evidence.property(
+        "average pooling keeps a blob's centre through down and up, a strided sample moves it by half a cell",
+        "先降再升，平均池化不移动光斑的中心，带步长的取样使它移动半格",
+    )
 
 
 def test_low_part_sees_twice_as_far(evidence):
@@ -169,7 +184,10 @@ def test_low_part_sees_twice_as_far(evidence):
     odd = down(torch.randn(1, 2, 7, 5))
     assert odd.shape == (1, 2, 4, 3)
     assert up(odd, torch.Size((7, 5))).shape == (1, 2, 7, 5)
-    evidence.property("a cell reaches 3x3 cells of each part: 3x3 and 6x6 cells of full resolution")
+    evidence.property(
+        "a cell reaches 3x3 cells of each part: 3x3 and 6x6 cells of full resolution",
+        "一格影响两部分各 3×3 格：即全分辨率的 3×3 与 6×6 格",
+    )
 
 
 # --- Networks
@@ -243,7 +261,7 @@ def test_layer_in_other_networks(evidence):
         host(image)["logits"].square().sum().backward()
     assert all(p.grad is not None for p in host.parameters())
     torch.testing.assert_close(torch.export.export(host, (image,)).module()(image)["logits"], host(image)["logits"])
-    evidence.property("in a ConvNeXt: all depthwise convolutions, trains and exports")
+    evidence.property("in a ConvNeXt: all depthwise convolutions, trains and exports", "在 ConvNeXt 中：替换全部深度卷积，可训练、可导出")
 
 
 def test_bad_input():
@@ -262,7 +280,10 @@ def test_frequency(evidence):
     assert frequency(wave + 5) == pytest.approx(1 / 8, abs=1e-4)
     noise = torch.randn(1, 8, 32, 32)
     assert frequency(up(down(noise), noise.shape[2:])) < frequency(noise)
-    evidence.property("mean frequency: a wave of 8 cells has 1/8; what was pooled is lower")
+    evidence.property(
+        "mean frequency: a wave of 8 cells has 1/8; what was pooled is lower",
+        "平均频率：周期为 8 格的波为 1/8；池化之后更低",
+    )
 
 
 def test_recipe():

@@ -120,7 +120,10 @@ def test_parameters_are_the_released_networks(evidence):
     ours = [m for m in built(VARIANTS["paper"], 15, 2).modules() if isinstance(m, TernaryConv2d)]
     assert len(ours) == 13
     assert not [m for m in built(VARIANTS["float"], 15, 2).modules() if isinstance(m, TernaryConv2d | Activation)]
-    evidence.property("2,664,482 parameters; 13 convolutions are ternary, the first and the classifier are not")
+    evidence.property(
+        "2,664,482 parameters; 13 convolutions are ternary, the first and the classifier are not",
+        "2,664,482 个参数；13 个卷积是三值的，第一个卷积和分类层不是",
+    )
 
 
 # --- Activations and weights
@@ -138,7 +141,10 @@ def test_ternary_tanh(evidence):
     gap = [float((ternary_tanh(x, beta) - ternary(x))[off].abs().max()) for beta in (3.0, 8.0, 4000.0)]
     assert gap[0] > gap[1] > gap[2]
     assert gap[2] < 1e-6
-    evidence.property("ternary tanh: odd, half-way at 1/2, goes to the step as its slope grows")
+    evidence.property(
+        "ternary tanh: odd, half-way at 1/2, goes to the step as its slope grows",
+        "三值 tanh：奇函数，在 1/2 处取到一半，斜率增大时趋于阶跃",
+    )
 
 
 def test_slope_grows_with_training(evidence):
@@ -154,7 +160,10 @@ def test_slope_grows_with_training(evidence):
         if hasattr(module, "advance"):
             module.advance(1.0)
     assert {float(m.beta) for m in net.modules() if isinstance(m, Activation)} == {8.0}
-    evidence.property("advance: beta is linear in the share of training; evaluation takes the steps")
+    evidence.property(
+        "advance: beta is linear in the share of training; evaluation takes the steps",
+        "advance：beta 随训练比例线性变化；评估时取阶跃",
+    )
 
 
 def test_binary_activations():
@@ -175,7 +184,10 @@ def test_weights_are_ternarised_filter_by_filter(evidence):
     best = (random - scale * signs).square().sum((1, 2, 3))
     for other in (0.9 * scale, 1.1 * scale):  # for these signs the scale is the least squares one
         assert (best < (random - other * signs).square().sum((1, 2, 3))).all()
-    evidence.property("weights: 0.7 of a filter's mean size as threshold, the mean above it as scale, which is the least-squares one")
+    evidence.property(
+        "weights: 0.7 of a filter's mean size as threshold, the mean above it as scale, which is the least-squares one",
+        "权重：阈值为滤波器绝对值均值的 0.7 倍，尺度为超过阈值者的均值，正是最小二乘解",
+    )
 
 
 def test_gradient_goes_to_the_real_weights(evidence):
@@ -188,7 +200,10 @@ def test_gradient_goes_to_the_real_weights(evidence):
     (y * seen).sum().backward()
     assert torch.equal(conv(x), y)
     torch.testing.assert_close(conv.weight.grad, weight.grad)
-    evidence.property("forward exactly the ternary weights, backward their gradient to the real ones")
+    evidence.property(
+        "forward exactly the ternary weights, backward their gradient to the real ones",
+        "前向恰为三值权重，反向把它们的梯度传给实数权重",
+    )
 
 
 # --- Bits
@@ -201,7 +216,10 @@ def test_dot_products_of_bits_are_those_of_integers(evidence, length):
     words = planes(a)[0]
     assert words.shape == (50, -(-length // 64))
     assert words.dtype.itemsize == {1: 1, 17: 4}.get(length, 8)
-    evidence.property("popcount(both) - 2 popcount(both and signs differ) equals the integer product, for any length")
+    evidence.property(
+        "popcount(both) - 2 popcount(both and signs differ) equals the integer product, for any length",
+        "popcount(都非零) - 2 popcount(都非零且符号不同) 等于整数点积，任意长度",
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +237,8 @@ def test_packed_convolution_equals_the_float_one(evidence, channels, filters, ke
         assert torch.equal(bits.counted(x).double(), expected)  # exactly
         torch.testing.assert_close(bits(x), conv(x), rtol=1e-5, atol=1e-5)
     evidence.property(
-        "packed convolution: integers exactly those of the float convolution with the signs; strides, borders, dilation, bias"
+        "packed convolution: integers exactly those of the float convolution with the signs; strides, borders, dilation, bias",
+        "打包的卷积：整数与用符号做的浮点卷积完全相等；含步长、边界、空洞、偏置",
     )
 
 
@@ -242,7 +261,10 @@ def test_packed_network_answers_the_same(evidence, kind):
         assert not any(isinstance(m, TernaryConv2d) for m in bits.modules())
         error = relative(bits(image)["logits"], plain)
     assert error < 1e-5
-    evidence.property(f"a whole network of bits answers as the float one ({kind} activations, made so again after resampling)")
+    evidence.property(
+        f"a whole network of bits answers as the float one ({kind} activations, made so again after resampling)",
+        f"整个位网络与浮点网络的答案相同（{kind} 激活，重采样后再做一次）",
+    )
 
 
 def test_memory(evidence):
@@ -252,7 +274,10 @@ def test_memory(evidence):
     real = sum(4 * c.weight.numel() for c in convs)
     bits = sum(PackedConv2d(c).bytes for c in convs)
     assert bits == real / 16 + 4 * sum(c.out_channels for c in convs)
-    evidence.property(f"ternary weights of the paper's network: {real / 2**20:.2f} MiB as floats, {bits / 2**20:.2f} MiB packed")
+    evidence.property(
+        f"ternary weights of the paper's network: {real / 2**20:.2f} MiB as floats, {bits / 2**20:.2f} MiB packed",
+        f"论文网络的三值权重：浮点为 {real / 2**20:.2f} MiB，打包后为 {bits / 2**20:.2f} MiB",
+    )
 
 
 # --- The network
@@ -284,7 +309,7 @@ def test_output_lies_over_its_input(evidence):
         felt = net(image)["logits"][0, 0]
         centre = [float((felt.sum(1 - axis) * torch.arange(n)).sum() / felt.sum()) for axis, n in enumerate((64, 66))]
     assert centre == pytest.approx([31.5, 32.5], abs=0.1)
-    evidence.property("borders and cuts leave the answer over the pixels that it is of")
+    evidence.property("borders and cuts leave the answer over the pixels that it is of", "补边与裁剪之后，答案仍对准它所属的像素")
 
 
 def test_loss_weighs_an_organ_five_times():
@@ -321,7 +346,10 @@ def test_layer_takes_ordinary_convolutions_but_the_first(evidence):
         nowhere.grid = Grid(fixed=9)
         with pytest.raises(InputError, match="no place"):
             put(nowhere, TernaryLayer())
-    evidence.property("as a layer: every ungrouped convolution of more than one pixel but the first; packs into bits as well")
+    evidence.property(
+        "as a layer: every ungrouped convolution of more than one pixel but the first; packs into bits as well",
+        "作为层：除第一个以外，所有不分组、核大于一个像素的卷积；同样可以打包成位",
+    )
 
 
 def test_layer_leaves_convolutions_that_only_lend_their_weights():
@@ -361,4 +389,7 @@ def test_the_claims_statistics_are_those_of_the_image_alone(evidence):
         net.eval()(brightness * torch.randn(1, 1, 32, 32))
         torch.testing.assert_close(seen[-1].mean((0, 2, 3)), norm.bias, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(seen[-1].std((0, 2, 3), correction=0), norm.weight.abs(), atol=1e-3, rtol=1e-2)
-    evidence.property("the claim compares all arms with each image's own BatchNorm statistics")
+    evidence.property(
+        "the claim compares all arms with each image's own BatchNorm statistics",
+        "主张比较各组时，都用每张图自己的 BatchNorm 统计量",
+    )

@@ -143,7 +143,7 @@ def test_an_affine_move_of_the_points_is_an_affine_warp(evidence):
     targets, places = edge_points(20, 0.05), np.random.default_rng(1).uniform(0, 1, (50, 2))
     matrix, shift = np.array([[0.8, 0.1], [-0.2, 0.6]]), np.array([0.05, 0.2])
     assert spline_basis(targets, places) @ (targets @ matrix.T + shift) == pytest.approx(places @ matrix.T + shift, abs=1e-9)
-    evidence.property("control points that move affinely give an affine warp")
+    evidence.property("control points that move affinely give an affine warp", "控制点做仿射移动，得到仿射变形")
 
 
 def test_rectifier_starts_with_two_lines_and_a_bent_word_comes_out_straight(evidence):
@@ -164,7 +164,10 @@ def test_rectifier_starts_with_two_lines_and_a_bent_word_comes_out_straight(evid
     expected = torch.linspace(0, 1, 24)[:, None].expand(24, 72)
     assert float((straight[0, 0] - expected)[3:-3, 5:-5].abs().mean()) < 0.05  # the spline is not the arc's exact inverse between the edges
     assert float((F.interpolate(bent, (24, 72)) - expected)[0, 0, 3:-3, 5:-5].abs().mean()) > 0.15
-    evidence.property("points on the edges of a bent word make it straight; at the start they lie on two lines for every picture")
+    evidence.property(
+        "points on the edges of a bent word make it straight; at the start they lie on two lines for every picture",
+        "控制点落在弯曲文字的边缘上就能把它拉直；起初对任何图像都在两条直线上",
+    )
 
 
 def test_gradients_of_reading_reach_the_points():
@@ -247,7 +250,10 @@ def test_beam_search_finds_the_most_probable_text(evidence):
     assert torch.allclose(likelihoods.sum(1), best.values, atol=1e-4)
     totals = [decoder.search(features, steps, beam)[1].sum(1) for beam in (1, 3)]
     assert (torch.stack(totals) <= best.values + 1e-4).all()
-    evidence.property("beam search as wide as the set of texts finds the most probable one, found by brute force")
+    evidence.property(
+        "beam search as wide as the set of texts finds the most probable one, found by brute force",
+        "束宽等于全部文本的个数时，束搜索找到概率最大的文本，与穷举一致",
+    )
 
 
 def test_likelihoods_are_those_of_the_text_said():
@@ -275,7 +281,10 @@ def test_backward_reader_is_taught_and_heard_in_reverse(evidence):
         else:
             said = [c for c in backward[0].tolist() if c != 3]
             assert [c for c in both["characters"][b].tolist() if c != 3] == said[::-1]
-    evidence.property("the second decoder reads from right to left, and the likelier of both texts is taken")
+    evidence.property(
+        "the second decoder reads from right to left, and the likelier of both texts is taken",
+        "第二个解码器从右往左读，取两个结果中似然更高的",
+    )
 
 
 def test_loss_is_the_mean_of_both_directions():

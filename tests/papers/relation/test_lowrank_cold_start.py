@@ -83,7 +83,10 @@ def test_kronecker_form(evidence) -> None:
     system = torch.kron(torch.eye(5, dtype=A.dtype), A) + torch.kron(B.T.contiguous(), torch.eye(3, dtype=A.dtype))
     expected = torch.linalg.solve(system, C.T.reshape(-1)).reshape(5, 3).T
     assert error(found, expected) < 1e-10
-    evidence.property("The Sylvester equation's solution is that of its Kronecker form on small matrices")
+    evidence.property(
+        "The Sylvester equation's solution is that of its Kronecker form on small matrices",
+        "小矩阵上，Sylvester 方程的解与其 Kronecker 形式的解相同",
+    )
 
 
 def test_gradient_is_zero_at_the_solution(evidence) -> None:
@@ -101,7 +104,10 @@ def test_gradient_is_zero_at_the_solution(evidence) -> None:
     other = (W.detach() * 1.01).requires_grad_()
     value(other).backward()
     assert near < 1e-9 * other.grad.norm()
-    evidence.property("With U fixed, autograd's gradient of the objective is zero at the solution")
+    evidence.property(
+        "With U fixed, autograd's gradient of the objective is zero at the solution",
+        "固定 U 时，自动微分得到的目标函数梯度在解处为零",
+    )
 
 
 def test_loss_is_the_objective_over_the_entities(evidence) -> None:
@@ -126,7 +132,10 @@ def test_loss_is_the_objective_over_the_entities(evidence) -> None:
     for seed in range(3):
         network.weight.data += 0.01 * torch.randn(6, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         assert float(loss().detach()) > lowest
-    evidence.property("The loss of all entities has its minimum, and no gradient, where the solver ends")
+    evidence.property(
+        "The loss of all entities has its minimum, and no gradient, where the solver ends",
+        "求解器停下之处，全部实体的损失取最小值，梯度为零",
+    )
 
 
 def test_sae_is_its_closed_form(evidence) -> None:
@@ -137,7 +146,10 @@ def test_sae_is_its_closed_form(evidence) -> None:
     assert error(llae(X, S, sae), expected) < 1e-10
     assert error(llae(X, S, replace(EXACT, rank=6, ridge=0.0)), expected) < 1e-10
     assert VARIANTS["sae"].beta == VARIANTS["sae"].corruption == 0.0
-    evidence.property("Without low rank and dropped entries it is the closed form of SAE, and a full rank takes beta out")
+    evidence.property(
+        "Without low rank and dropped entries it is the closed form of SAE, and a full rank takes beta out",
+        "不用低秩、不丢弃条目时即 SAE 的闭式解；满秩时 beta 不起作用",
+    )
 
 
 def test_low_rank(evidence) -> None:
@@ -156,7 +168,10 @@ def test_low_rank(evidence) -> None:
 
     values = [value(llae(X, S, replace(EXACT, iterations=n, ridge=0.0))) for n in range(1, 8)]
     assert values == sorted(values, reverse=True)
-    evidence.property("The punished part is the sum of squared singular values beyond the rank; every iteration lowers the objective")
+    evidence.property(
+        "The punished part is the sum of squared singular values beyond the rank; every iteration lowers the objective",
+        "被惩罚的部分是秩以外奇异值的平方和；每一轮迭代都使目标下降",
+    )
 
 
 def test_dropped_entries() -> None:
@@ -212,7 +227,8 @@ def test_planted_low_rank_is_found(evidence) -> None:
         means[name] = values
     assert all(a > b for a, b in zip(means["llae"], means["sae"])) and min(means["sae"]) > max(means["popularity"])
     evidence.property(
-        "On choices with a planted map of rank 4, LLAE of rank 4 ranks cold entities better than SAE, on three draws of three"
+        "On choices with a planted map of rank 4, LLAE of rank 4 ranks cold entities better than SAE, on three draws of three",
+        "选择数据中植入秩为 4 的映射时，秩为 4 的 LLAE 对冷启动实体的排序优于 SAE，三次抽取都如此",
     )
 
 
@@ -231,7 +247,10 @@ def test_zero_shot_classes(evidence) -> None:
         found = scores(W, features[~seen], classes[20:] - centre)
         assert found.shape == (200, 10) and found.abs().max() <= 1 + 1e-9
         assert (found.argmax(1) == truth).double().mean() > 0.8
-    evidence.property("Zero-shot: ten unseen classes of synthetic features are recognised by their attributes, in either space")
+    evidence.property(
+        "Zero-shot: ten unseen classes of synthetic features are recognised by their attributes, in either space",
+        "零样本：合成特征的十个未见类别可凭属性识别，在两个空间中都成立",
+    )
 
 
 def test_nearest_neighbours_are_a_fair_peer() -> None:

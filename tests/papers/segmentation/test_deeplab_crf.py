@@ -48,7 +48,7 @@ def test_table_2(evidence) -> None:
     """20.5, 134.3 and 65.1 million; exact counts from the layers' sizes."""
     known = {"largefov": 20_505_429, "7x7": 134_346_581, "4x4": 65_140_565, "deeplab": 65_140_565}
     assert {name: CARD["variants"][name]["params"] for name in known} == known
-    evidence.property("parameter counts of the four fields of view of table 2")
+    evidence.property("parameter counts of the four fields of view of table 2", "表 2 四种视野设置的参数量")
 
 
 @pytest.mark.parametrize("variant", ["largefov", "msc_largefov", "4x4", "7x7"])
@@ -80,7 +80,10 @@ def test_field_of_view_of_table_2(variant: str, field: int, evidence) -> None:
     network.fc6[0](x)[..., 32, 32].sum().backward()
     assert x.grad is not None
     assert 8 * (extent(x.grad) - 1) + 32 == field
-    evidence.property(f"field of view of {variant}: {field} pixels, by the support of the gradient")
+    evidence.property(
+        f"field of view of {variant}: {field} pixels, by the support of the gradient",
+        f"{variant} 的视野：{field} 像素，由梯度的非零范围测得",
+    )
 
 
 def test_whole_receptive_field(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +118,10 @@ def test_hole_algorithm(evidence) -> None:
                     y = F.conv2d(y, conv.weight, conv.bias, padding=conv.kernel_size[0] // 2).relu()
                 interleaved[..., i::step, j::step] = y
         assert relative(dense, interleaved) < 1e-12
-    evidence.property("hole algorithm: dilation equals filtering every subsampling and interleaving the results")
+    evidence.property(
+        "hole algorithm: dilation equals filtering every subsampling and interleaving the results",
+        "空洞算法：空洞卷积等于对每个抽样子图滤波，再把结果交错拼回",
+    )
 
 
 def torchvision_deeplab(state: dict[str, torch.Tensor]) -> nn.Sequential:
@@ -242,7 +248,10 @@ def test_lattice_against_brute_force(sigma_alpha: float, sigma_beta: float | Non
     values = probabilities.flatten(1).T.contiguous()
     error = relative(deeplab_crf.gaussian(1.0, features)(values), normalised(exact(features)) @ values)
     assert 1e-4 < error < most
-    evidence.property(f"{features.shape[1]}-D lattice against the dense Gaussian, normalised: relative error {error:.1%}")
+    evidence.property(
+        f"{features.shape[1]}-D lattice against the dense Gaussian, normalised: relative error {error:.1%}",
+        f"{features.shape[1]} 维格对稠密高斯，归一化后：相对误差 {error:.1%}",
+    )
 
 
 def test_lattice_is_a_partition_of_unity_and_forgets_the_order(evidence) -> None:
@@ -254,7 +263,10 @@ def test_lattice_is_a_partition_of_unity_and_forgets_the_order(evidence) -> None
     assert torch.allclose(share.sum(1), torch.ones(500, dtype=torch.double))
     order = torch.randperm(500)
     assert torch.allclose(Permutohedral(features[order])(values[order]), lattice(values)[order])
-    evidence.property("lattice: barycentric weights sum to one; the order of the points does not matter")
+    evidence.property(
+        "lattice: barycentric weights sum to one; the order of the points does not matter",
+        "格：重心坐标的权之和为一；与点的次序无关",
+    )
 
 
 def test_lattice_on_a_point_and_far_points() -> None:
@@ -335,7 +347,10 @@ def test_mean_field_is_exact_given_exact_filters(exclude_self: bool, evidence) -
     assert (ours - theirs).abs().max() < 1e-10
     assert (theirs - brute_force(image, probabilities, replace(config, w2=1.02))).abs().max() > 1e-5
     assert (theirs - brute_force(image, probabilities, replace(config, exclude_self=not exclude_self))).abs().max() > 1e-3
-    evidence.property(f"mean field equals dense float64 brute force to 1e-10, {'without' if exclude_self else 'with'} the self-message")
+    evidence.property(
+        f"mean field equals dense float64 brute force to 1e-10, {'without' if exclude_self else 'with'} the self-message",
+        f"平均场与 float64 稠密暴力计算相差不到 1e-10，{'不含' if exclude_self else '含'}自消息",
+    )
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
@@ -351,7 +366,10 @@ def test_crf_against_brute_force(exclude_self: bool, evidence) -> None:
     assert error < 0.1 * moved
     assert same > 0.98
     without = "without" if exclude_self else "with"
-    evidence.property(f"lattice CRF {without} the self-message against dense brute force: mean |dQ| {error:.4f} of {moved:.4f} moved")
+    evidence.property(
+        f"lattice CRF {without} the self-message against dense brute force: mean |dQ| {error:.4f} of {moved:.4f} moved",
+        f"用格的 CRF 对稠密暴力计算，{'不含' if exclude_self else '含'}自消息：|dQ| 平均为 {error:.4f}，改动量为 {moved:.4f}",
+    )
 
 
 SETTINGS = (
@@ -426,7 +444,7 @@ def test_border_snaps_to_the_edge(evidence) -> None:
     image, probabilities = half_and_half()
     assert border(probabilities) == 16
     assert border(dense_crf(EDGE)(image, probabilities)) == pytest.approx(20, abs=0.2)
-    evidence.property("the border moves to the image's edge, four pixels away")
+    evidence.property("the border moves to the image's edge, four pixels away", "边界移到四个像素以外的图像边缘")
 
 
 def test_without_colours_nothing_snaps(evidence) -> None:
@@ -438,7 +456,10 @@ def test_without_colours_nothing_snaps(evidence) -> None:
     assert (unscaled - blind).abs().mean() < 0.01
     constant = kernels(torch.full_like(image, 0.5), EDGE)[0][1]
     assert torch.allclose(exact(constant), exact(constant[:, :2]))
-    evidence.property("constant image, or colours in 0..1: the border stays where the network put it")
+    evidence.property(
+        "constant image, or colours in 0..1: the border stays where the network put it",
+        "图像为常数，或颜色在 0..1：边界停在网络给出的位置",
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

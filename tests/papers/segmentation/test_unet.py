@@ -96,7 +96,10 @@ def test_sizes_and_crops_of_figure_1(monkeypatch, evidence):
         *[(392, 64), (390, 64), (388, 64), (388, 2)],
     ]
     assert crops == [(64, 56), (136, 104), (280, 200), (568, 392)]
-    evidence.property("23 convolutions give the map sizes, features and crops of figure 1 (572 -> 388)")
+    evidence.property(
+        "23 convolutions give the map sizes, features and crops of figure 1 (572 -> 388)",
+        "23 个卷积层给出图 1 的特征图尺寸、通道数与裁剪（572 -> 388）",
+    )
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5])
@@ -217,7 +220,10 @@ def test_context_is_92_pixels(evidence):
         there = x.clone()
         there[..., *pixel] += 100
         assert not torch.equal(net(there)["logits"][tile], whole)
-    evidence.property("an output tile depends on 92 pixels around it and on nothing farther")
+    evidence.property(
+        "an output tile depends on 92 pixels around it and on nothing farther",
+        "一个输出块只依赖其周围 92 像素，与更远处无关",
+    )
 
 
 def test_tiles_fit_together_on_the_grid_of_16_only(evidence):
@@ -233,7 +239,10 @@ def test_tiles_fit_together_on_the_grid_of_16_only(evidence):
     assert relative(tile(16), whole[..., 16:404]) < 1e-12
     assert relative(tile(380), whole[..., 380:768]) > 1e-3  # 380 = 12 mod 16: what laying tiles edge to edge, 388 apart, comes to
     assert relative(tile(4), whole[..., 4:392]) > 1e-3  # 4 = 388 mod 16
-    evidence.property("tiles equal the whole image when they lie multiples of 16 apart, and differ when 388 = 4 mod 16 apart")
+    evidence.property(
+        "tiles equal the whole image when they lie multiples of 16 apart, and differ when 388 = 4 mod 16 apart",
+        "块与块相距 16 的倍数时与整图相等，相距 388 = 4 mod 16 时不等",
+    )
 
 
 def test_padded_network_has_no_such_promise():
@@ -310,7 +319,7 @@ def test_border_weights_equal_brute_force(seed, w0, sigma, evidence):
     assert np.abs(border_weights(labels, w0, sigma) - expected).max() < 2e-8 * w0
     assert np.abs(border_weights(labels, w0, 1.2 * sigma) - expected).max() > 1e-3 * w0
     if seed == 0:
-        evidence.property("border weights equal eq. 2 computed pixel by pixel")
+        evidence.property("border weights equal eq. 2 computed pixel by pixel", "边界权重与逐像素计算的式 2 相等")
 
 
 def test_one_cell_or_none_has_no_border_weight():
@@ -330,7 +339,10 @@ def test_border_weights_peak_between_cells(evidence):
     assert not weights[labels > 0].any()
     moved = np.roll(labels * (labels == 2), 8, axis=1) + labels * (labels == 1)
     assert border_weights(moved).max() < weights.max() / 3
-    evidence.property("border weights peak between touching objects and fall off with their distance")
+    evidence.property(
+        "border weights peak between touching objects and fall off with their distance",
+        "边界权重在贴近的目标之间最大，随其间距增大而下降",
+    )
 
 
 def test_touching_instances_are_separated(evidence):
@@ -343,7 +355,7 @@ def test_touching_instances_are_separated(evidence):
     assert ndimage.label(np.where(gap, 0, mask), np.ones((3, 3)))[1] == 2
     assert not touching(mask * labels, labels).any()  # of two classes: the mask tells them apart already
     assert not touching(np.where(labels == 2, 255, mask), labels).any()
-    evidence.property("touching instances of one class are separated by background")
+    evidence.property("touching instances of one class are separated by background", "同类的接触实例之间以背景分开")
 
 
 def test_classes_weigh_the_same():

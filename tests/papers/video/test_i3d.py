@@ -128,7 +128,10 @@ def test_padding_is_tensorflows(evidence, length, kernel, stride, before, after)
     padded = same(x, (kernel, 1, 1), (stride, 1, 1)).flatten()
     assert padded.tolist() == [0] * before + [1] * length + [0] * after
     assert (len(padded) - kernel) // stride + 1 == -(-length // stride)
-    evidence.property("SAME padding: ceil(n / s) positions, the odd zero behind (five cases by hand)")
+    evidence.property(
+        "SAME padding: ceil(n / s) positions, the odd zero behind (five cases by hand)",
+        "SAME 填充：ceil(n / s) 个位置，多出来的零在后面（五种情形手算）",
+    )
 
 
 def test_sizes_of_figure_3(evidence):
@@ -141,7 +144,10 @@ def test_sizes_of_figure_3(evidence):
     assert found["Mixed_3b"] == (256, 32, 28, 28) and found["Mixed_3c"] == (480, 32, 28, 28)
     assert found["Mixed_4f"] == (832, 16, 14, 14) and found["Mixed_5c"] == (1024, 8, 7, 7)
     assert net.embedding == 1024
-    evidence.property("figure 3: channels, times and sides of every stage; no pooling over time in the first two pools")
+    evidence.property(
+        "figure 3: channels, times and sides of every stage; no pooling over time in the first two pools",
+        "图 3：各阶段的通道、时间与边长；前两个池化不缩时间",
+    )
 
 
 def flat_of(net: I3D, config: Config) -> I3D:
@@ -173,7 +179,10 @@ def test_a_film_that_stands_still_is_answered_as_its_frame(evidence, monkeypatch
         assert relative(still[name], expected.expand_as(still[name])) < 1e-5, name
     assert relative(net(film)["logits"], flat(frame)["logits"]) < 1e-5
     assert relative(zeros["Mixed_5c"], image["Mixed_5c"].expand_as(zeros["Mixed_5c"])) > 1e-2, "zeros beyond the ends are felt"
-    evidence.property("boring video: with replicated frames beyond the ends every layer and the logits equal the image network's to 1e-5")
+    evidence.property(
+        "boring video: with replicated frames beyond the ends every layer and the logits equal the image network's to 1e-5",
+        "无聊视频：两端以复制的帧补齐时，每一层与 logits 等于图像网络的结果，误差小于 1e-5",
+    )
 
 
 def test_far_from_its_ends_zeros_are_not_felt(evidence):
@@ -189,7 +198,10 @@ def test_far_from_its_ends_zeros_are_not_felt(evidence):
                 assert best < 1e-5, (frames, name)
             elif name.startswith("Mixed_5"):
                 assert best > 1e-4, (frames, name)
-    evidence.property("with zeros beyond the ends: an exact position up to Mixed_4f for 64 frames, everywhere for 208")
+    evidence.property(
+        "with zeros beyond the ends: an exact position up to Mixed_4f for 64 frames, everywhere for 208",
+        "两端补零时：64 帧下到 Mixed_4f 为止有严格相等的位置，208 帧下每一层都有",
+    )
 
 
 def test_inflated_weights_are_copies_divided_by_their_number(evidence):
@@ -211,7 +223,10 @@ def test_inflated_weights_are_copies_divided_by_their_number(evidence):
         atol=1e-5,
     )
     assert torch.equal(taken["head.weight"], flow.state_dict()["head.weight"]), "other classes: a head of its own"
-    evidence.property("inflation: t equal copies divided by t; from 2-D kernels too; flow's first kernel is the channels' mean")
+    evidence.property(
+        "inflation: t equal copies divided by t; from 2-D kernels too; flow's first kernel is the channels' mean",
+        "膨胀：t 份相同的拷贝除以 t；二维核也可以；光流网络的第一个核取各通道的均值，缩放到灰度图的回答不变",
+    )
 
 
 def test_the_image_network_sees_frames_one_by_one():
