@@ -1,7 +1,8 @@
 """Eager forward pass and training step of the archive's architectures against timm's, torchvision's and MONAI's, in turns in one process.
 
 Ours and the peer's have the same layers and the same number of parameters (checked); weights are fresh, the input is the same. ``ratio`` is
-ours / theirs: below 1, ours is faster. The last lines give the geometric means.
+ours / theirs: below 1, ours is faster. ``predict`` is the peer's eager forward pass beside ours in the form in which ``paperworks predict`` runs it (branches
+merged, batch norms folded, channels last), ``bf16`` beside ``predict --precision bf16``. The last lines give the geometric means.
 
     python benchmarks/peers.py [--only ID/VARIANT,...] [--seconds 4] [--out DIR]
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,9 @@ from torch.nn import functional as F
 
 import paperworks
 from harness import RESULTS, record, summary, table
+from paperworks.export.predict import Bfloat16
+from paperworks.nn.fuse import fast
+from paperworks.tasks.contract import channels_last
 from paperworks.tasks.environment import interleaved
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -98,18 +102,27 @@ def compared(name: str, peer: Peer, seconds: float) -> list[dict[str, Any]]:
     mine = paperworks.create(paper, variant=variant, channels=peer.channels, classes=peer.classes, size=size, **peer.settings)
     theirs = peer.make()
     counts = [sum(p.numel() for p in network.parameters()) for network in (mine, theirs)]
+    deployed = fast(mine)
+    short = Bfloat16(Named(deployed), lambda apart: print(f"{name}: bfloat16 is {apart:.2%} from float32"))
+    forms: dict[str, Logits] = {
+        "forward": lambda image: first(mine(image)),
+        "predict": lambda image: first(deployed(channels_last(image))),
+        "bf16": lambda image: short(channels_last(image)),
+        "step": lambda image: first(mine(image)),
+    }
     rows = []
-    for step in (False, True):
+    for what, ours in forms.items():
+        step = what == "step"
         mine.train(step)
         theirs.train(step)
-        calls = {"paperworks": lambda image: first(mine(image)), "peer": lambda image: first(theirs(image))}
+        calls = {"paperworks": ours, "peer": lambda image: first(theirs(image))}
         taken = turns(calls, torch.randn(2 if step else 1, peer.channels, *size), step, seconds)
         rows.append(
             {
                 "network": name,
                 "library": type(theirs).__module__.split(".")[0],
                 "peer": type(theirs).__name__,
-                "what": "step" if step else "forward",
+                "what": what,
                 "ours_ms": 1e3 * taken["paperworks"]["seconds"],
                 "theirs_ms": 1e3 * taken["peer"]["seconds"],
                 "ratio": 1 / taken["peer"]["times_ours"],
@@ -118,6 +131,17 @@ def compared(name: str, peer: Peer, seconds: float) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+class Named(nn.Module):
+    """A network that gives its logits alone, as deployed ones give one tensor."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return first(self.network(image))
 
 
 def first(output: Any) -> torch.Tensor:
@@ -141,10 +165,9 @@ def main() -> None:
         print(table(found[ours]), flush=True)
     rows = [row for name in PEERS for row in found[name]]
     print(table(rows))
-    means = {
-        what: math.exp(sum(math.log(row["ratio"]) for row in rows if row["what"] == what) / (len(rows) / 2)) for what in ("forward", "step")
-    }
-    print(f"geometric mean of ours / theirs: forward {means['forward']:.3f}, training step {means['step']:.3f}")
+    ratios = {what: [row["ratio"] for row in rows if row["what"] == what] for what in ("forward", "predict", "bf16", "step")}
+    means = {what: statistics.geometric_mean(values) for what, values in ratios.items() if values}
+    print("geometric mean of ours / theirs: " + ", ".join(f"{what} {value:.3f}" for what, value in means.items()))
     print(record("peers", rows, options.out, ("timm", "torchvision", "monai"), threads=torch.get_num_threads(), geometric_mean=means))
 
 

@@ -25,15 +25,15 @@ class Evidence:
 
     def __init__(self) -> None:
         self.against: list[dict[str, object]] = []
-        self.properties: list[str] = []
+        self.properties: list[dict[str, str]] = []
 
     def fidelity(self, against: str, error: float) -> None:
         """Relative error of our outputs against an independent implementation with the same weights."""
         self.against.append({"against": against, "relative_error": error})
 
-    def property(self, statement: str) -> None:
-        """A mechanism that was tested as a property."""
-        self.properties.append(statement)
+    def property(self, en: str, zh: str) -> None:
+        """A mechanism that was tested as a property, in a sentence of each language."""
+        self.properties.append({"en": en, "zh": zh})
 
 
 @pytest.fixture(scope="module")

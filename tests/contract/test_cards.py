@@ -52,7 +52,11 @@ def test_links_and_licences(card):
     for name, link in card.links.items():
         assert not link or link.startswith("https://"), f"card.toml: links.{name} is no https address: {link}"
     for what in ("code", "official", "weights"):
-        assert card.licence.get(what, "").strip(), f"card.toml: licence.{what} is empty; write `none` where there is nothing to license"
+        assert what in card.licence, f"card.toml: licence.{what} is empty; write `none` where there is nothing to license"
+    for what, said in card.licence.items():
+        assert said["en"].strip() and said["zh"].strip(), f"card.toml: licence.{what} says nothing"
+        if re.search("[a-z]{4,} [a-z]+", said["en"]):  # more than a licence's name
+            assert_text(f"licence.{what}", dict(said))
 
 
 def test_verdict_override_has_a_reason(card):

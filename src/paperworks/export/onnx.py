@@ -425,7 +425,7 @@ def export_run(run: Any, path: str | Path, *, data: Any, int8: bool = False) -> 
     card = papers.card(run.request.paper)
     kind = task(run.spec.task)
     deployed = kind.deploy(run.network(), run.spec)
-    names = {"paper": card.id, "variant": run.request.variant, "licence": card.licence.get("weights", "")}
+    names = {"paper": card.id, "variant": run.request.variant, "licence": card.licence["weights"]["en"]}
 
     def given(items: Sequence[Any]) -> list[Tensor]:
         return [kind.network_input(data.given(data.sample(item)), deployed.grid) for item in items]

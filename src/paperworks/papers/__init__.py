@@ -46,7 +46,7 @@ class Card:
     """The paper on whose trained network a paper without a network of its own shows that it is usable."""
     ndim: tuple[int, ...] = (2,)
     links: Mapping[str, str] = field(default_factory=dict)
-    licence: Mapping[str, str] = field(default_factory=dict)
+    licence: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     headline: Mapping[str, str] = field(default_factory=dict)
     """What the paper reports."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -173,4 +173,5 @@ def _read(path: Path) -> Card:
     data = tomllib.loads(path.read_text(encoding="utf-8"))
     data["ndim"] = tuple(data.get("ndim", (2,)))
     data.setdefault("name", data["title"].split(":")[0])
+    data["licence"] = {k: v if isinstance(v, dict) else {"en": v, "zh": v} for k, v in data["licence"].items()}
     return Card(section=path.parent.parent.name, folder=path.parent, **data)

@@ -245,7 +245,7 @@ def test_iterative_aggregation_hands_the_stages_input_to_its_root(evidence):
     root.merge[0].weight[:, 20:28] = 1
     assert relative(stage(x), changed) > 0.01
     evidence.property(
-        "from stage 3 on, the last root also merges the stage's pooled input",
+        "from the second tree on, the last root also merges the stage's pooled input",
         "从第二棵树起，最后的根还融合该阶段池化后的输入",
     )
 

@@ -48,7 +48,7 @@ def test_table_2(evidence) -> None:
     """20.5, 134.3 and 65.1 million; exact counts from the layers' sizes."""
     known = {"largefov": 20_505_429, "7x7": 134_346_581, "4x4": 65_140_565, "deeplab": 65_140_565}
     assert {name: CARD["variants"][name]["params"] for name in known} == known
-    evidence.property("parameter counts of the four fields of view of table 2", "表 2 四种视野设置的参数量")
+    evidence.property("parameter counts of the four settings of table 2", "表 2 四种视野设置的参数量")
 
 
 @pytest.mark.parametrize("variant", ["largefov", "msc_largefov", "4x4", "7x7"])

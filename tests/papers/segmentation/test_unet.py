@@ -340,7 +340,7 @@ def test_border_weights_peak_between_cells(evidence):
     moved = np.roll(labels * (labels == 2), 8, axis=1) + labels * (labels == 1)
     assert border_weights(moved).max() < weights.max() / 3
     evidence.property(
-        "border weights peak between touching objects and fall off with their distance",
+        "border weights peak between close objects and fall off with their distance",
         "边界权重在贴近的目标之间最大，随其间距增大而下降",
     )
 

@@ -179,7 +179,7 @@ def test_graph_network_turns_with_its_nodes(evidence):
     assert relative(net(nodes.roll(4, 1), a), net(nodes, a).roll(4, 1)) < 1e-5
     assert relative(net(nodes.flip(1), a), net(nodes, a).flip(1)) < 1e-5
     assert relative(net(nodes[:, torch.randperm(10)], a), net(nodes, a)) > 1e-2, "it is no set"
-    evidence.property("graph network is equivariant to rotations and reversal of the node order", "图网络对节点次序的循环移位和反转等变")
+    evidence.property("graph network is equivariant to cyclic shifts and reversal of the node order", "图网络对节点次序的循环移位和反转等变")
 
 
 def test_parameter_counts(evidence):
@@ -220,7 +220,7 @@ def test_a_step_looks_where_its_points_are(network, evidence):
     turned = network.moved(features, start.roll(5, 1))[-1]
     assert relative(turned, stages[-1].roll(5, 1)) < 1e-5
     evidence.property(
-        "each step samples features at its own points; the whole automatic network is equivariant to the node order",
+        "each step samples features at its own points; the whole automatic network is equivariant to cyclic shifts of the nodes",
         "每一步在自己的点上采样特征；整个自动网络对节点次序的循环移位等变",
     )
 

@@ -224,7 +224,7 @@ def test_inflated_weights_are_copies_divided_by_their_number(evidence):
     )
     assert torch.equal(taken["head.weight"], flow.state_dict()["head.weight"]), "other classes: a head of its own"
     evidence.property(
-        "inflation: t equal copies divided by t; from 2-D kernels too; flow's first kernel is the channels' mean",
+        "inflation: t equal copies divided by t; from 2-D kernels too; flow's first kernel is made so that grey answers alike",
         "膨胀：t 份相同的拷贝除以 t；二维核也可以；光流网络的第一个核取各通道的均值，缩放到灰度图的回答不变",
     )
 
