@@ -32,7 +32,7 @@ quick: install
 # backbones.py and halving.py train, and take most of an hour: run them by name.
 bench: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python albumentations==2.0.8 pydensecrf2
-	for script in peers startup loading augmentation tiling dense_crf gallery serve; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in peers startup loading boxes augmentation tiling dense_crf gallery serve; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 docs: install
 	$(BIN)/python docs/tables.py

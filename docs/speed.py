@@ -75,6 +75,8 @@ def rows() -> Iterator[Row]:
         seconds, theirs = loaded[workers, "paperworks"], loaded[workers, "torchvision"]
         said = f"training images read and varied, {workers} workers", f"训练图像的读取与增强，{workers} 个进程"
         yield said, ms(1e3 * seconds), ms(1e3 * theirs), seconds / theirs, 1.0
+    for r in recorded("boxes").get("rows", ()):
+        yield (r["what"], r["zh"]), ms(r["ours_ms"]), ms(r["theirs_ms"]), r["ratio"], 1.0
     for r in recorded("startup").get("rows", ()):
         yield (f"start-up: {r['what']}", f"启动：{r['what']}"), ms(1e3 * r["seconds"]), ms(1e3 * r["limit"]), r["seconds"] / r["limit"], 1.0
     for r in recorded("gallery").get("rows", ()):
@@ -99,16 +101,22 @@ SPEED = {
         "other": "[中文](benchmarks.zh.md)",
         "how": "`make bench` measures, `make docs` writes this page from `results/benchmarks/`, where machine, versions and spread stand. Ratios are ours / the other's, so that below 1 ours is "
         "faster; arms take turns in one process. Start-up is measured against the time that is allowed, halving against training every paper to the end "
-        "(*missed*: by how much its winner is worse than the best of all). Bold: more than was aimed at.",
+        "(*missed*: by how much its winner is worse than the best of all). Bold: more than was aimed at; [decision 14](decisions/0014-fast-path.md) says "
+        "where the time goes. Everything is measured on the processor: no GPU was at hand so far.",
         "head": ("what", "ours", "other", "ratio", "aim"),
+        "serving": "The gallery's server under visitors who ask again and again for a picture of 256 x 256 pixels by one of two networks (`benchmarks/serve.py`); what is more than it "
+        "takes at once is refused, and asked again.",
+        "served": ("visitors", "answers a second", "half within", "95 % within", "refused"),
     },
     "docs/benchmarks.zh.md": {
         "title": "性能基准",
         "other": "[English](benchmarks.md)",
         "how": "`make bench` 负责测量，`make docs` 由 `results/benchmarks/` 生成本页，机器、版本与离散程度见该处。比值为我们 / 对方，小于 1 表示我们更快；各方在同一进程中轮流运行。"
         "启动时间与允许的时间相比，halving 与把每篇论文都训练到底相比"
-        "（“差”：其胜者比全体最优差多少）。粗体：未达到目标。",
+        "（“差”：其胜者比全体最优差多少）。粗体：未达到目标，时间花在哪里见[决策 14](decisions/0014-fast-path.md)。全部在处理器上测得，目前没有 GPU 可用。",
         "head": ("项目", "我们", "对方", "比值", "目标"),
+        "serving": "展厅的服务器：访客不断请求两个网络之一处理一张 256 x 256 像素的图（`benchmarks/serve.py`）；超出同时受理数的请求会被拒绝，由访客重试。",
+        "served": ("访客", "每秒回答", "半数不超过", "95 % 不超过", "拒绝"),
     },
 }
 
@@ -119,8 +127,13 @@ def benchmarks(words: Mapping[str, Any], chinese: bool) -> str:
     for said, ours, theirs, ratio, aim in rows():
         value = f"{ratio:.2f}"
         lines.append([said[chinese], ours, theirs, value if float(value) <= round(aim, 2) else f"**{value}**", f"{aim:.2f}"])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([f"# {words['title']}", words["other"], words["how"], table]) + "\n"
+    served = [words["served"], ["---"] * len(words["served"])]
+    for r in recorded("serve").get("rows", ()):
+        served.append(
+            [str(r["visitors"]), f"{r['requests_per_second']:.1f}", ms(1e3 * r["p50_s"]), ms(1e3 * r["p95_s"]), str(r["refused"])]
+        )
+    tables = ["\n".join("| " + " | ".join(line) + " |" for line in part) for part in (lines, served)]
+    return "\n\n".join([f"# {words['title']}", words["other"], words["how"], tables[0], words["serving"], tables[1]]) + "\n"
 
 
 # --- docs/backbones.md

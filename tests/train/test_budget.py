@@ -66,6 +66,14 @@ def test_a_network_for_large_machines_is_not_tried(blobs, monkeypatch: pytest.Mo
     assert api.choose_variant("unet", data, budget, {}, 0) == "same" and len(tried) == 4, "measured where operations are not known"
 
 
+def test_a_setting_that_fits_no_variant_is_named(blobs) -> None:
+    from paperworks.tasks.segmentation import Segmentation
+    from paperworks.train import api
+
+    with pytest.raises(InputError, match=r"--set widths=\[4, -1, 4\]: unet does not run with it"):
+        api.choose_variant("unet", Segmentation(blobs), Budget(seconds=5), {"widths": [4, -1, 4]}, 0)
+
+
 def test_operations_are_counted_without_computing(blobs) -> None:
     from paperworks.tasks.segmentation import Segmentation
     from paperworks.train.api import operations

@@ -357,10 +357,8 @@ def record_costs(name: str, *, seconds: float = 2.0, progress: Callable[[str], N
     data = task(card.task)(usable["pack"])
     found = measure_subject(name, variant=usable["variant"], spec=data.spec, seconds=seconds, progress=progress)
     for key in ("params", "flops", "activations"):
-        if found[key] != before.get(key):
-            raise InputError(
-                f"{name}: {key} depend on what was trained ({before.get(key)} recorded, {found[key]} with fresh weights); {again}"
-            )
+        if found[key] != before.get(key, found[key]):  # older records have no activations
+            raise InputError(f"{name}: {key} depend on what was trained ({before[key]} recorded, {found[key]} with fresh weights); {again}")
     del found["paper"]
     found.pop("onnx", None)
     evidence.record(name, "cost", code, found)

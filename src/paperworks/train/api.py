@@ -151,7 +151,7 @@ def choose_variant(name: str, data: Task, budget: Budget, settings: dict[str, An
         raise InputError(f"{name} has no variants to choose from by itself; name one with --variant")
     if budget.seconds is None or papers.paper(name).solve:
         return candidates[0]
-    request = Request(paper=name, data="", variant=candidates[0], budget={"steps": 1}, seed=seed)
+    request = Request(paper=name, data="", variant=candidates[0], settings=settings, budget={"steps": 1}, seed=seed)
     fabric = make_fabric(request)
     chosen, before = candidates[0], None
     for variant in candidates:

@@ -179,7 +179,9 @@ def test_graph_network_turns_with_its_nodes(evidence):
     assert relative(net(nodes.roll(4, 1), a), net(nodes, a).roll(4, 1)) < 1e-5
     assert relative(net(nodes.flip(1), a), net(nodes, a).flip(1)) < 1e-5
     assert relative(net(nodes[:, torch.randperm(10)], a), net(nodes, a)) > 1e-2, "it is no set"
-    evidence.property("graph network is equivariant to cyclic shifts and reversal of the node order", "图网络对节点次序的循环移位和反转等变")
+    evidence.property(
+        "graph network is equivariant to cyclic shifts and reversal of the node order", "图网络对节点次序的循环移位和反转等变"
+    )
 
 
 def test_parameter_counts(evidence):
