@@ -4,7 +4,7 @@ Ours and the peer's have the same layers and the same number of parameters (chec
 ours / theirs: below 1, ours is faster. ``predict`` is the peer's eager forward pass beside ours in the form in which ``paperworks predict`` runs it (branches
 merged, batch norms folded, channels last), ``bf16`` beside ``predict --precision bf16``. The last lines give the geometric means.
 
-    python benchmarks/peers.py [--only ID/VARIANT,...] [--seconds 4] [--out DIR]
+    python benchmarks/peers.py [--only ID/VARIANT,...] [--seconds 2] [--out DIR]
 
 ``--only`` measures these again and keeps what is recorded of the others.
 """
@@ -154,7 +154,7 @@ def first(output: Any) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="paper/variant, separated by commas")
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     path = (options.out or RESULTS) / "peers.json"
