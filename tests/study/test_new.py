@@ -111,7 +111,7 @@ CARD = {
     "year = 0": "year = 2020",
     'venue = ""': 'venue = "CVPR"',
     'paper = ""': 'paper = "https://example.org/paper"',
-    'official = ""\nweights = ""': 'official = "none"\nweights = "none"',
+    'official = { en = "", zh = "" }\nweights = { en = "", zh = "" }': 'official = { en = "none", zh = "无" }\nweights = { en = "none", zh = "无" }',
     '\nen = ""': '\nen = "In English."',
     '\nzh = ""': '\nzh = "用中文。"',
     'en = "", zh = ""': 'en = "In English.", zh = "用中文。"',

@@ -173,5 +173,4 @@ def _read(path: Path) -> Card:
     data = tomllib.loads(path.read_text(encoding="utf-8"))
     data["ndim"] = tuple(data.get("ndim", (2,)))
     data.setdefault("name", data["title"].split(":")[0])
-    data["licence"] = {k: v if isinstance(v, dict) else {"en": v, "zh": v} for k, v in data["licence"].items()}
     return Card(section=path.parent.parent.name, folder=path.parent, **data)
