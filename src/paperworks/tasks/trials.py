@@ -34,8 +34,11 @@ class Trials(Protocol):
     """For a search that trains one network of its own: ``train`` are the items of the candidates, ``val`` those that value them."""
     steps: int
     """Training steps of each candidate; of a search that trains one network, of that."""
-    recipe: Recipe
-    """What was asked for, ``--set`` included; for a search that trains one network of its own."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the training that is to come, ``--set`` included; for a search that trains one network of its own."""
+        ...
 
     @property
     def seed(self) -> int:
@@ -65,7 +68,7 @@ class Trials(Protocol):
         """The task's metric of a network as it is, on the items that were held out."""
         ...
 
-    def stepped(self, done: int) -> None:
+    def stepped(self, done: int, /) -> None:
         """Is told by a search that trains one network of its own how many of its ``steps`` are done."""
         ...
 
