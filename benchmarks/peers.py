@@ -46,6 +46,19 @@ class Peer:
     channels: int = 3
     classes: int = 1000
     settings: Mapping[str, Any] = field(default_factory=dict)
+    step: bool = True
+    """Whether a training step is compared too."""
+
+
+class Heads(nn.Module):
+    """torchvision's SSD without its own scaling, default boxes and suppression: what its two heads say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network.head(list(self.network.backbone(image).values()))["cls_logits"]
 
 
 def basic_unet() -> nn.Module:
@@ -76,6 +89,7 @@ PEERS = {
     "inception_v4/v3": Peer(partial(timm.create_model, "inception_v3"), side=299),
     "nasnet/large": Peer(partial(timm.create_model, "nasnetalarge"), side=331),
     "convnext/resnet50": Peer(torchvision.models.resnet50),
+    "ssd/300": Peer(Heads, side=300, classes=90, step=False),
     "unet/same": Peer(basic_unet, side=256, channels=1, classes=2, settings={"widths": UNET}),
     "unetpp/norm": Peer(basic_unetpp, side=256, channels=1, classes=2, settings={"widths": UNET, "dropout": 0.0}),
 }
@@ -113,6 +127,8 @@ def compared(name: str, peer: Peer, seconds: float) -> list[dict[str, Any]]:
     rows = []
     for what, ours in forms.items():
         step = what == "step"
+        if step and not peer.step:
+            continue
         mine.train(step)
         theirs.train(step)
         calls = {"paperworks": ours, "peer": lambda image: first(theirs(image))}
@@ -120,7 +136,7 @@ def compared(name: str, peer: Peer, seconds: float) -> list[dict[str, Any]]:
         rows.append(
             {
                 "network": name,
-                "library": type(theirs).__module__.split(".")[0],
+                "library": type(theirs).__module__.split(".")[0].replace("__main__", "torchvision"),
                 "peer": type(theirs).__name__,
                 "what": what,
                 "ours_ms": 1e3 * taken["paperworks"]["seconds"],
