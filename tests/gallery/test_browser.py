@@ -147,12 +147,12 @@ def test_note_and_code_lead_to_each_other(show: Any) -> None:
     name = page.locator('article[lang="en"] a.to-code').first
     line = str(name.get_attribute("href"))
     name.click()
-    assert page.evaluate("location.hash") == line
+    page.wait_for_function("hash => location.hash === hash", arg=line)
     expect(page.locator(line)).to_be_in_viewport()
     back = page.locator('.source a.back[lang="en"]').first
     part = str(back.get_attribute("href"))
     back.click()
-    assert page.evaluate("location.hash") == part
+    page.wait_for_function("hash => location.hash === hash", arg=part)
     expect(page.locator(f'article[lang="en"] {part}')).to_be_in_viewport()
 
 
@@ -162,7 +162,7 @@ def test_keys_alone_lead_through(show: Any) -> None:
     expect(page.locator(".skip")).to_be_focused()
     expect(page.locator(".skip")).to_be_in_viewport()
     page.keyboard.press("Enter")
-    assert page.evaluate("location.hash") == "#main"
+    page.wait_for_function("hash => location.hash === hash", arg="#main")
     head = page.locator("th button").nth(4)
     head.press("Enter")
     assert page.locator("th").nth(4).get_attribute("aria-sort") in ("ascending", "descending")
