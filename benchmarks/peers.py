@@ -116,6 +116,7 @@ def compared(name: str, peer: Peer, seconds: float) -> list[dict[str, Any]]:
     mine = paperworks.create(paper, variant=variant, channels=peer.channels, classes=peer.classes, size=size, **peer.settings)
     theirs = peer.make()
     counts = [sum(p.numel() for p in network.parameters()) for network in (mine, theirs)]
+    whose = getattr(theirs, "network", theirs)  # behind a wrapper of ours
     deployed = fast(mine)
     short = Bfloat16(Named(deployed), lambda apart: print(f"{name}: bfloat16 is {apart:.2%} from float32"))
     forms: dict[str, Logits] = {
@@ -136,8 +137,8 @@ def compared(name: str, peer: Peer, seconds: float) -> list[dict[str, Any]]:
         rows.append(
             {
                 "network": name,
-                "library": type(theirs).__module__.split(".")[0].replace("__main__", "torchvision"),
-                "peer": type(theirs).__name__,
+                "library": type(whose).__module__.split(".")[0],
+                "peer": type(whose).__name__,
                 "what": what,
                 "ours_ms": 1e3 * taken["paperworks"]["seconds"],
                 "theirs_ms": 1e3 * taken["peer"]["seconds"],

@@ -5,7 +5,7 @@ pixels (of volumes 128 voxels a side) and MONAI's default overlap of a quarter:
 
 - ``unet``: U-Net ``small`` on 4096 x 4096, where the network is what takes the time. MONAI's arm calls it as it was trained, ours as ``paperworks predict``
   does (batch norms folded, channels last); ``bf16`` is ``predict --precision bf16``.
-- ``convolutions``: two of them, on 4096 x 4096 and on 16384 x 16384 pixels, where cutting and blending count as much, and memory counts most.
+- ``convolutions``: two of them, on 4096 x 4096 and on 16384 x 16384 pixels, where the network is small beside the image, and memory counts most.
 - ``volume``: two convolutions on 300 x 512 x 512 voxels.
 
 Images are raw TIFF files on disk, of which ours reads rows; the classes are written into a TIFF file by all. ``--only`` measures these networks again and keeps what is recorded of the others.

@@ -100,7 +100,7 @@ SPEED = {
         "title": "Benchmarks",
         "other": "[中文](benchmarks.zh.md)",
         "how": "`make bench` measures, `make docs` writes this page from `results/benchmarks/`, where machine, versions and spread stand. Ratios are ours / the other's, so that below 1 ours is "
-        "faster; arms take turns in one process. Start-up is measured against the time that is allowed, halving against training every paper to the end "
+        "faster; arms take turns. Start-up is measured against the time that is allowed, halving against training every paper to the end "
         "(*missed*: by how much its winner is worse than the best of all). Bold: more than was aimed at; [decision 14](decisions/0014-fast-path.md) says "
         "where the time goes. Everything is measured on the processor: no GPU was at hand so far.",
         "head": ("what", "ours", "other", "ratio", "aim"),
@@ -111,7 +111,7 @@ SPEED = {
     "docs/benchmarks.zh.md": {
         "title": "性能基准",
         "other": "[English](benchmarks.md)",
-        "how": "`make bench` 负责测量，`make docs` 由 `results/benchmarks/` 生成本页，机器、版本与离散程度见该处。比值为我们 / 对方，小于 1 表示我们更快；各方在同一进程中轮流运行。"
+        "how": "`make bench` 负责测量，`make docs` 由 `results/benchmarks/` 生成本页，机器、版本与离散程度见该处。比值为我们 / 对方，小于 1 表示我们更快；各方轮流运行。"
         "启动时间与允许的时间相比，halving 与把每篇论文都训练到底相比"
         "（“差”：其胜者比全体最优差多少）。粗体：未达到目标，时间花在哪里见[决策 14](decisions/0014-fast-path.md)。全部在处理器上测得，目前没有 GPU 可用。",
         "head": ("项目", "我们", "对方", "比值", "目标"),

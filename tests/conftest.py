@@ -32,8 +32,9 @@ class Evidence:
         self.against.append({"against": against, "relative_error": error})
 
     def property(self, en: str, zh: str) -> None:
-        """A mechanism that was tested as a property, in a sentence of each language."""
-        self.properties.append({"en": en, "zh": zh})
+        """A mechanism that was tested as a property, in a sentence of each language; told once, however many cases a test has."""
+        if (said := {"en": en, "zh": zh}) not in self.properties:
+            self.properties.append(said)
 
 
 @pytest.fixture(scope="module")

@@ -546,7 +546,7 @@ def compare(
         bool,
         typer.Option(
             "--halving",
-            help="Try all papers on a part of the budget, and give all of it to the best only: of nine papers a third of the time.",
+            help="Try all papers on a part of the budget, and give all of it to the best only: of nine papers a third of the steps.",
         ),
     ] = False,
     ray: Annotated[str, typer.Option("--ray", help="Train the papers side by side on this Ray cluster: HOST:PORT, auto or local.")] = "",

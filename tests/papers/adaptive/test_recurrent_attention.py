@@ -209,7 +209,8 @@ def test_hybrid_loss_by_hand(evidence):
     )
 
 
-def test_reinforce_is_the_gradient_of_the_expected_reward(evidence):
+@pytest.mark.parametrize("baseline", [0.2, 0.9])
+def test_reinforce_is_the_gradient_of_the_expected_reward(evidence, baseline):
     """A reward that needs the drawn location on one side of a line: its expectation, and its slope, are those of a normal distribution."""
     torch.manual_seed(0)
     net = built(replace(TINY, std=0.3)).train()
@@ -220,7 +221,7 @@ def test_reinforce_is_the_gradient_of_the_expected_reward(evidence):
     output = {
         "logits": F.one_hot(1 - right.long(), 2).float(),
         "log_probability": logs[:, None],
-        "baselines": torch.full((400_000, 1), 0.2),
+        "baselines": torch.full((400_000, 1), baseline),
     }
     hybrid(Config())(output, {"label": torch.zeros(400_000).long()})["policy"].backward()
     mean = torch.tensor(0.1).tanh()
@@ -228,8 +229,8 @@ def test_reinforce_is_the_gradient_of_the_expected_reward(evidence):
     assert float(-net.location.bias.grad[0]) == pytest.approx(float(slope), rel=0.03)
     assert abs(float(net.location.bias.grad[1])) < 0.03
     evidence.property(
-        "REINFORCE: 400,000 draws give the exact slope of the expected reward, whatever the baseline",
-        "REINFORCE：400,000 次采样给出期望奖励的精确斜率，与基线取值无关",
+        "REINFORCE: 400,000 draws give the slope of the expected reward within 3 %, whatever the baseline",
+        "REINFORCE：400,000 次采样给出期望奖励的斜率，误差不到 3 %，与基线取值无关",
     )
 
 

@@ -329,6 +329,7 @@ def test_patchwise_attention_includes_convolution(evidence):
     torch.testing.assert_close(op(x), expected, rtol=1e-4, atol=1e-5)
     assert (op.weights(x) < 0).any()
     pairwise = randomised(attention(8, 16, 3, Attention(operator="pairwise", share=4))).weights(x)
+    assert (pairwise > 0).all()
     torch.testing.assert_close(pairwise.sum(2), torch.ones(2, 4, 42))
     evidence.property(
         "patchwise attention of constant weights is a convolution; pairwise weights are positive and sum to one",

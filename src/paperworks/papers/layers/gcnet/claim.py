@@ -6,8 +6,7 @@ block, with one map for all queries, in the same place. Arms: ``maps`` measures 
 ``inputs`` that between the features at these queries, in the same trained network; ``one_map`` is the accuracy without queries.
 
 It can fail: maps of photographs with one large object may well follow it. And since the distance between maps that are nearly uniform is
-small whatever they say, the rule also looks at ``query_share``: how much of what makes the maps uneven depends on the query. At the
-start, with random weights, that is about 0.8.
+small whatever they say, the rule also looks at ``query_share``: how much of what makes the maps uneven depends on the query.
 """
 
 from __future__ import annotations
